@@ -1,0 +1,128 @@
+"""Every exception of repom, one class per meaning.
+
+A message says what happened, why, and what to write instead. Passwords never appear in one:
+URLs are always rendered with the password hidden.
+"""
+
+
+class RepomError(Exception):
+    """Root of everything repom raises on its own account.
+
+    Errors of SQLAlchemy and of the drivers pass through unchanged unless repom knows more
+    than they do; then they are the `__cause__`.
+    """
+
+
+# --- configuration: known before the first statement -------------------------------------
+
+
+class ConfigurationError(RepomError):
+    """The configuration is incomplete or contradicts itself."""
+
+
+class ConfigHookError(ConfigurationError):
+    """`CONFIG_HOOK` names something that cannot be imported, called, or used as a config."""
+
+
+class DatabaseURLError(ConfigurationError, ValueError):
+    """A database URL cannot be parsed, or cannot be converted between sync and async."""
+
+
+class MissingDriverError(ConfigurationError, ImportError):
+    """The driver that a URL names is not installed."""
+
+
+class UnknownDatabaseError(ConfigurationError, LookupError):
+    """No database is configured under this name."""
+
+
+class DatabaseFileError(ConfigurationError, OSError):
+    """The SQLite file, or its folder, cannot be created or written."""
+
+
+# --- scopes and sessions: how repom is called ---------------------------------------------
+
+
+class ScopeError(RepomError, RuntimeError):
+    """repom was called from a place where it cannot do what was asked."""
+
+
+class NoScopeError(ScopeError):
+    """A session was asked for, and no unit of work is open here."""
+
+
+class ScopeClosedError(ScopeError):
+    """The unit of work this code belongs to has ended."""
+
+
+class WrongThreadError(ScopeError):
+    """The async session was asked for in a thread that runs no event loop."""
+
+
+class WrongEventLoopError(ScopeError):
+    """The async session was asked for on another event loop than the one it belongs to."""
+
+
+class MixedSessionsError(ScopeError):
+    """One scope was asked for both the sync and the async session of a database."""
+
+
+class DurableAtomicError(ScopeError):
+    """`atomic(durable=True)` was entered inside an open unit of work."""
+
+
+class InnerCommitForbidden(ScopeError):
+    """Code that does not own the unit of work called `commit()` under `inner_commits="forbid"`."""
+
+
+class WouldDeadlockError(ScopeError):
+    """A scope would wait for a lock that an enclosing scope of its own context holds."""
+
+
+# --- transactions: what the database did ----------------------------------------------------
+
+
+class TransactionError(RepomError):
+    """The transaction did not end as it was asked to."""
+
+
+class DatabaseUnreachableError(TransactionError, ConnectionError):
+    """No connection could be made: server down, name unknown, or login refused."""
+
+
+class TransactionAbortedError(TransactionError):
+    """COMMIT was asked for, but the database had already aborted the transaction.
+
+    An earlier statement failed and its error was swallowed; that error is the `__cause__`.
+    Not a `SQLAlchemyError`, so that a handler registered for those does not answer for it.
+    """
+
+
+class CommitOutcomeUnknown(TransactionError):
+    """The connection was lost while COMMIT was in flight: it may or may not have happened.
+
+    Not a `SQLAlchemyError`: a handler registered for those would claim what nobody knows.
+    Never retried by repom.
+    """
+
+
+class PartialCommitError(TransactionError):
+    """One database of a scope has committed, and a later one failed to.
+
+    Attributes:
+        committed: names of the databases whose COMMIT had succeeded.
+        failed: name of the database whose COMMIT failed; its error is the `__cause__`.
+        rolled_back: names of the databases that were rolled back after it.
+    """
+
+    def __init__(
+        self, message: str, *, committed: list[str], failed: str, rolled_back: list[str]
+    ) -> None:
+        super().__init__(message)
+        self.committed = committed
+        self.failed = failed
+        self.rolled_back = rolled_back
+
+
+class ConcurrentSessionUse(TransactionError):
+    """Two tasks used one session in a way that queueing cannot make safe."""
