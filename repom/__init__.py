@@ -1,0 +1,28 @@
+"""One SQLAlchemy transaction for every ASGI request, reachable from any depth of the code."""
+
+from repom.config import RepomConfig, get_config
+from repom.current import (
+    current_scope,
+    current_session,
+    current_sync_session,
+    on_commit,
+    on_rollback,
+)
+from repom.database import Database
+from repom.scope import SessionScope
+from repom.transaction import atomic, session_scope, sync_session_scope
+
+__all__ = [
+    "Database",
+    "RepomConfig",
+    "SessionScope",
+    "atomic",
+    "current_scope",
+    "current_session",
+    "current_sync_session",
+    "get_config",
+    "on_commit",
+    "on_rollback",
+    "session_scope",
+    "sync_session_scope",
+]

@@ -71,7 +71,7 @@ class DurableAtomicError(ScopeError):
     """`atomic(durable=True)` was entered inside an open unit of work."""
 
 
-class InnerCommitForbidden(ScopeError):
+class InnerCommitError(ScopeError):
     """Code that does not own the unit of work called `commit()` under `inner_commits="forbid"`."""
 
 

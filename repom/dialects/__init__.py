@@ -1,0 +1,43 @@
+"""What one dialect needs when an engine is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import URL
+
+from repom.dialects.base import Support
+from repom.dialects.mysql import MySQL
+from repom.dialects.postgresql import PostgreSQL
+from repom.dialects.sqlite import Begin, SQLite
+
+__all__ = ["Begin", "Support", "support_for"]
+
+
+def support_for(
+    url: URL,
+    connect_args: Mapping[str, Any],
+    *,
+    is_async: bool,
+    sqlite_begin: Begin | None = None,
+    pgbouncer: bool = False,
+) -> Support:
+    """The support for the dialect of `url`; the plain one for dialects repom knows nothing of.
+
+    Args:
+        url: the URL with the driver that will be used.
+        connect_args: what the URL says in words that this driver takes only as arguments.
+        is_async: whether it is for an `AsyncEngine`.
+        sqlite_begin: see `Database`.
+        pgbouncer: see `Database`.
+    """
+    match url.get_backend_name():
+        case "sqlite":
+            return SQLite(url, connect_args, is_async=is_async, begin=sqlite_begin or "DEFERRED")
+        case "postgresql":
+            return PostgreSQL(url, connect_args, is_async=is_async, pgbouncer=pgbouncer)
+        case "mysql" | "mariadb":
+            return MySQL(url, connect_args, is_async=is_async)
+        case _:
+            return Support(url, connect_args, is_async=is_async)

@@ -1,0 +1,92 @@
+"""What is to be called once a transaction has ended one way or the other."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from sqlalchemy.orm import SessionTransaction
+
+Callback = Callable[[], Any]
+
+
+class _Registered(NamedTuple):
+    callback: Callback
+    savepoint: SessionTransaction | None  # the innermost one, when it was registered
+
+
+class Callbacks:
+    """The `on_commit` and `on_rollback` callbacks of one scope, in order.
+
+    They become due when the transaction they were registered in ends. Those of a savepoint
+    that is rolled back are decided then: its `on_commit` is dropped, its `on_rollback` due.
+    Due callbacks run when no transaction is open, so at the end of the whole transaction.
+    """
+
+    __slots__ = ("_due", "_on_commit", "_on_rollback")
+
+    def __init__(self) -> None:
+        self._on_commit: list[_Registered] = []
+        self._on_rollback: list[_Registered] = []
+        self._due: deque[Callback] = deque()
+
+    def on_commit(self, callback: Callback, savepoint: SessionTransaction | None) -> None:
+        self._on_commit.append(_Registered(callback, savepoint))
+
+    def on_rollback(self, callback: Callback, savepoint: SessionTransaction | None) -> None:
+        self._on_rollback.append(_Registered(callback, savepoint))
+
+    def committed(self) -> None:
+        """The transaction has been committed."""
+        self._due += [registered.callback for registered in self._on_commit]
+        self._clear()
+
+    def rolled_back(self) -> None:
+        """The transaction has been rolled back."""
+        self._due += [registered.callback for registered in self._on_rollback]
+        self._clear()
+
+    def savepoint_rolled_back(self, savepoint: SessionTransaction) -> None:
+        """The work since this savepoint has been undone, with that of savepoints inside it."""
+        self._on_commit = [r for r in self._on_commit if not _inside(r.savepoint, savepoint)]
+        undone = [r for r in self._on_rollback if _inside(r.savepoint, savepoint)]
+        self._on_rollback = [r for r in self._on_rollback if r not in undone]
+        self._due += [registered.callback for registered in undone]
+
+    def next_due(self) -> Callback | None:
+        """The next callback to run now; each is given out once."""
+        return self._due.popleft() if self._due else None
+
+    def drop(self) -> int:
+        """Forget all of them; how many there were."""
+        count = len(self._due) + len(self._on_commit) + len(self._on_rollback)
+        self._due.clear()
+        self._clear()
+        return count
+
+    def _clear(self) -> None:
+        self._on_commit = []
+        self._on_rollback = []
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is registered or due."""
+        return not (self._due or self._on_commit or self._on_rollback)
+
+
+def after_soft_rollback(session: Any, transaction: SessionTransaction) -> None:
+    """SQLAlchemy's event of that name: a transaction or a savepoint was rolled back."""
+    callbacks: Callbacks = session.repom_callbacks
+    if transaction.nested:
+        callbacks.savepoint_rolled_back(transaction)
+    elif transaction.parent is None:
+        callbacks.rolled_back()
+
+
+def _inside(savepoint: SessionTransaction | None, outer: SessionTransaction) -> bool:
+    while savepoint is not None:
+        if savepoint is outer:
+            return True
+        savepoint = savepoint.parent
+    return False

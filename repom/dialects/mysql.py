@@ -1,0 +1,50 @@
+"""MySQL and MariaDB: aiomysql, asyncmy, pymysql and mysqlclient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import URL, Engine, event
+
+from repom.dialects.base import Support
+
+# The server has rolled the whole transaction back, and goes on in a new one without a word:
+# 1213 ER_LOCK_DEADLOCK (https://dev.mysql.com/doc/refman/8.4/en/innodb-deadlocks.html), on
+# Galera also a failed certification; 1180 ER_ERROR_DURING_COMMIT.
+_ENDS_TRANSACTION = frozenset({1213, 1180})
+# ER_LOCK_WAIT_TIMEOUT undoes its statement only, or everything where the server was started
+# with innodb_rollback_on_timeout.
+_LOCK_WAIT_TIMEOUT = 1205
+
+
+class MySQL(Support):
+    """Remembers that the server rolled back, because the connection does not show it."""
+
+    def __init__(self, url: URL, connect_args: Mapping[str, Any], *, is_async: bool) -> None:
+        super().__init__(url, connect_args, is_async=is_async)
+        self._ends_transaction = _ENDS_TRANSACTION
+
+    def install(self, engine: Engine) -> None:
+        super().install(engine)
+        event.listen(engine, "first_connect", self._ask_server)
+
+    def ends_transaction(self, error: Exception) -> bool:
+        return errno(error) in self._ends_transaction
+
+    def _ask_server(self, dbapi_connection: Any, record: Any) -> None:
+        # Once for each engine: the variable cannot be changed while the server runs.
+        cursor = dbapi_connection.cursor()
+        try:
+            cursor.execute("SHOW GLOBAL VARIABLES LIKE 'innodb_rollback_on_timeout'")
+            row = cursor.fetchone()
+        finally:
+            cursor.close()
+        if row is not None and row[1] in ("ON", "1", 1):
+            self._ends_transaction |= {_LOCK_WAIT_TIMEOUT}
+
+
+def errno(error: BaseException) -> int | None:
+    """The server's error number in an exception of any MySQL driver."""
+    number = error.args[0] if error.args else None
+    return number if isinstance(number, int) else None

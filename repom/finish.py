@@ -1,0 +1,196 @@
+"""What the owner of a scope does: end its transactions, run what waits for that, close it."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, Any
+
+from asgiref.sync import async_to_sync
+
+from repom.callbacks import Callback
+from repom.ending import Steps, close_steps, commit_steps, rollback_steps
+from repom.errors import CommitOutcomeUnknown, PartialCommitError
+from repom.participant import perform, perform_sync
+from repom.shield import run_to_end
+
+if TYPE_CHECKING:
+    from repom.scope import SessionScope
+
+logger = logging.getLogger("repom")
+
+
+async def end(scope: SessionScope, *, commit: bool) -> None:
+    """End what is open, and then run the callbacks that are due. The scope goes on.
+
+    Args:
+        commit: False to roll back.
+
+    Raises:
+        BaseException: what COMMIT raised; everything is rolled back then.
+    """
+    if scope.has_work:
+        try:
+            await run_to_end(_end(scope, commit), limit=scope.end_timeout)
+        except Exception:
+            await _run_callbacks(scope)
+            raise
+        await _run_callbacks(scope)
+
+
+async def finish(scope: SessionScope, *, commit: bool) -> None:
+    """End what is open, run the callbacks that are due, and close the scope, come what may.
+
+    Raises:
+        BaseException: what COMMIT raised; everything is rolled back then.
+    """
+    scope.refuse_work()
+    try:
+        await end(scope, commit=commit)
+    finally:
+        scope.refuse_work()
+        # A sibling that was let in before may have begun something since.
+        busy = [p for p in scope.participants if not p.is_quiet]
+        if busy:
+            await run_to_end(_close(scope, busy), limit=scope.end_timeout)
+        _closed(scope)
+
+
+def end_sync(scope: SessionScope, *, commit: bool) -> None:
+    """The sync twin of `end`, for scopes that hold sync sessions only."""
+    if scope.has_work:
+        try:
+            _end_sync(scope, commit)
+        except Exception:
+            _run_callbacks_sync(scope)
+            raise
+        _run_callbacks_sync(scope)
+
+
+def finish_sync(scope: SessionScope, *, commit: bool) -> None:
+    """The sync twin of `finish`."""
+    scope.refuse_work()
+    try:
+        end_sync(scope, commit=commit)
+    finally:
+        scope.refuse_work()
+        busy = [p for p in scope.participants if not p.is_quiet]
+        perform_sync(_closing_steps(busy))
+        _closed(scope)
+
+
+# --- transactions
+
+
+async def _end(scope: SessionScope, commit: bool) -> None:
+    # Runs to its end in any case, so that the callbacks always learn what has happened.
+    try:
+        await perform(_ending_steps(scope, commit))
+    except BaseException as error:
+        _settle_failed(scope, error)
+        raise
+    _settle(scope, commit)
+
+
+def _end_sync(scope: SessionScope, commit: bool) -> None:
+    try:
+        perform_sync(_ending_steps(scope, commit))
+    except BaseException as error:
+        _settle_failed(scope, error)
+        raise
+    _settle(scope, commit)
+
+
+def _ending_steps(scope: SessionScope, commit: bool) -> Steps:
+    parties = [p for p in scope.participants if p.in_transaction]
+    return commit_steps(parties) if commit else rollback_steps(parties)
+
+
+def _settle(scope: SessionScope, commit: bool) -> None:
+    if commit:
+        scope.callbacks.committed()
+    else:
+        scope.callbacks.rolled_back()
+
+
+def _settle_failed(scope: SessionScope, error: BaseException) -> None:
+    if isinstance(error, (CommitOutcomeUnknown, PartialCommitError)):
+        dropped = scope.callbacks.drop()
+        if dropped:
+            logger.warning(
+                "%d callback(s) of %s were not run: whether it was committed is not known",
+                dropped,
+                scope.label,
+            )
+    else:
+        scope.callbacks.rolled_back()
+
+
+async def _close(scope: SessionScope, busy: list[Any]) -> None:
+    await perform(_closing_steps(busy))
+
+
+def _closing_steps(busy: list[Any]) -> Steps:
+    yield from rollback_steps([p for p in busy if p.in_transaction])
+    yield from close_steps(busy)
+
+
+def _closed(scope: SessionScope) -> None:
+    for participant in scope.participants:
+        if participant.is_quiet:
+            participant.sync_session.end("close")  # no IO: it only lets the objects go
+    scope.closed()
+    not_run = scope.callbacks.drop()
+    if not_run:
+        logger.warning(
+            "%d callback(s) of %s were not run: it was cancelled after its transaction had ended",
+            not_run,
+            scope.label,
+        )
+
+
+# --- callbacks
+
+
+async def _run_callbacks(scope: SessionScope) -> None:
+    """Run what is due, and end after each what it began.
+
+    A callback that fails is logged: what it was waiting for has happened all the same.
+    """
+    while callback := scope.callbacks.next_due():
+        with scope.open_for_callbacks():
+            try:
+                result = callback()
+                if inspect.isawaitable(result):
+                    await result
+                await run_to_end(_end(scope, True), limit=scope.end_timeout)
+            except Exception:
+                _log_failed(scope, callback)
+                await run_to_end(_end(scope, False), limit=scope.end_timeout)
+
+
+def _run_callbacks_sync(scope: SessionScope) -> None:
+    while callback := scope.callbacks.next_due():
+        with scope.open_for_callbacks():
+            try:
+                result = callback()
+                if inspect.isawaitable(result):
+                    async_to_sync(_awaited)(result)
+                _end_sync(scope, True)
+            except Exception:
+                _log_failed(scope, callback)
+                _end_sync(scope, False)
+
+
+async def _awaited(result: Awaitable[Any]) -> None:
+    await result
+
+
+def _log_failed(scope: SessionScope, callback: Callback) -> None:
+    logger.error(
+        "callback %s of %s failed. The transaction it waited for has ended all the same.",
+        getattr(callback, "__qualname__", repr(callback)),
+        scope.label,
+        exc_info=True,
+    )

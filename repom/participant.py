@@ -1,0 +1,172 @@
+"""One session of a scope, on one database: how it is made, and where its steps run."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import anyio
+import anyio.to_thread
+from anyio.lowlevel import RunVar
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from repom.callbacks import Callbacks
+from repom.database import BeginOptions, Database
+from repom.ending import Action, Step, Steps
+from repom.errors import CommitOutcomeUnknown, TransactionError
+from repom.gate import Gate, TaskGate, ThreadGate
+from repom.managed import InnerCommits, managed_class
+from repom.shield import EndingTask
+
+#: Threads of one event loop that may end sync sessions at the same time.
+_ENDING_THREADS = 8
+
+# Of their own: on the endpoints' limiter, endpoints that wait for a pooled connection would
+# keep those that could give one back from ending.
+_limiter: RunVar[anyio.CapacityLimiter] = RunVar("repom_ending_threads")
+
+
+class Participant:
+    """What sync and async sessions have in common.
+
+    Attributes:
+        name: what the database was asked for by, for messages.
+        sync_session: the `Session` that does the work, also of an `AsyncSession`.
+    """
+
+    name: str
+    sync_session: Any  # an instance of managed_class(...)
+    gate: Gate
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether there is something to commit; Core and bulk statements count."""
+        return bool(self.sync_session.in_transaction())
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing is open and nobody is at work, so that closing needs no IO."""
+        return self.gate.is_free and not self.in_transaction
+
+    async def perform(self, action: Action) -> None:
+        """Do one step of the end, from the event loop."""
+        raise NotImplementedError  # pragma: no cover
+
+    def _manage(self, gate: Gate, inner_commits: InnerCommits, callbacks: Callbacks) -> None:
+        self.gate = gate
+        self.sync_session.repom_gate = gate
+        self.sync_session.repom_inner_commits = inner_commits
+        self.sync_session.repom_callbacks = callbacks
+        self.sync_session.repom_cursors = []
+
+
+class AsyncParticipant(Participant):
+    """An `AsyncSession`, which lives on the event loop that first asked for it."""
+
+    def __init__(
+        self,
+        name: str,
+        database: Database,
+        begin: BeginOptions,
+        inner_commits: InnerCommits,
+        callbacks: Callbacks,
+    ) -> None:
+        self.name = name
+        kwargs = database.session_kwargs
+        session_class = database.session_class
+        base = kwargs.get("sync_session_class") or session_class.sync_session_class
+        kwargs = {**kwargs, "sync_session_class": managed_class(base)}
+        self.session: AsyncSession = session_class(database.async_bind(begin), **kwargs)
+        self.sync_session = self.session.sync_session
+        self._manage(TaskGate(), inner_commits, callbacks)
+
+    async def perform(self, action: Action) -> None:
+        await self.session.run_sync(_end, action)
+
+
+class SyncParticipant(Participant):
+    """A `Session`, for `def` endpoints and scripts."""
+
+    def __init__(
+        self,
+        name: str,
+        database: Database,
+        begin: BeginOptions,
+        inner_commits: InnerCommits,
+        callbacks: Callbacks,
+    ) -> None:
+        self.name = name
+        managed = managed_class(database.sync_session_class)
+        self.session: Session = managed(database.sync_bind(begin), **database.session_kwargs)
+        self.sync_session = self.session
+        self._manage(ThreadGate(), inner_commits, callbacks)
+
+    async def perform(self, action: Action) -> None:
+        await anyio.to_thread.run_sync(self.perform_sync, action, limiter=_threads())
+
+    def perform_sync(self, action: Action) -> None:
+        """Do one step of the end, in this thread."""
+        self.sync_session.end(action)
+
+
+async def perform(steps: Steps) -> None:
+    """Do the steps from the event loop."""
+    try:
+        step = next(steps)
+        while True:
+            try:
+                await step.party.perform(step.action)  # type: ignore[attr-defined]
+            except BaseException as error:
+                step = steps.throw(_past_limit(step, error) or error)
+            else:
+                step = next(steps)
+    except StopIteration:
+        return
+
+
+def _past_limit(step: Step, error: BaseException) -> TransactionError | None:
+    """The error for a step that was cut off by the time limit of the end."""
+    task = asyncio.current_task()
+    if not (
+        isinstance(error, asyncio.CancelledError) and isinstance(task, EndingTask) and task.expired
+    ):
+        return None
+    if step.action == "commit":
+        return CommitOutcomeUnknown(
+            f"COMMIT on database {step.party.name!r} did not end within its time limit, and "
+            "the connection was closed: the database may have committed, or not.\n"
+            "Look there before doing the work again; repom never retries it."
+        )
+    return TransactionError(
+        f"{step.action} on database {step.party.name!r} did not end within its time limit, and "
+        "the connection was closed."
+    )
+
+
+def perform_sync(steps: Steps) -> None:
+    """Do the steps in this thread; all parties are sync ones."""
+    try:
+        step = next(steps)
+        while True:
+            try:
+                step.party.perform_sync(step.action)  # type: ignore[attr-defined]
+            except BaseException as error:
+                step = steps.throw(error)
+            else:
+                step = next(steps)
+    except StopIteration:
+        return
+
+
+def _end(session: Any, action: Action) -> None:
+    session.end(action)
+
+
+def _threads() -> anyio.CapacityLimiter:
+    try:
+        return _limiter.get()
+    except LookupError:
+        limiter = anyio.CapacityLimiter(_ENDING_THREADS)
+        _limiter.set(limiter)
+        return limiter

@@ -1,0 +1,127 @@
+"""Which database a name stands for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+
+from sqlalchemy import URL
+
+from repom.config import RepomConfig, get_config
+from repom.database import Database
+from repom.errors import ConfigurationError, UnknownDatabaseError
+
+DEFAULT = "default"
+
+
+class Databases:
+    """Names to databases: those that were given, then those that the configuration names.
+
+    Args:
+        given: by name; a URL or a configuration stands for a `Database` made of it.
+    """
+
+    def __init__(self, given: Mapping[str, Database | RepomConfig | str | URL]) -> None:
+        self._by_name = {name: _database(name, value) for name, value in given.items()}
+
+    def __getitem__(self, database: str | Database | None) -> Database:
+        """The database of that name; a `Database` is itself, None is the default.
+
+        Raises:
+            UnknownDatabaseError: neither given nor configured.
+        """
+        if isinstance(database, Database):
+            return database
+        name = DEFAULT if database is None else database
+        found = self._by_name.get(name)
+        return found if found is not None else configured(name)
+
+    def items(self) -> list[tuple[str, Database]]:
+        """The databases that were given, in that order."""
+        return list(self._by_name.items())
+
+    def overlaid(self, database: str | Database | None) -> Databases:
+        """These databases, with `database` as the default one."""
+        if database is None or database == DEFAULT:
+            return self
+        databases = Databases({})
+        databases._by_name = {**self._by_name, DEFAULT: self[database]}
+        return databases
+
+
+#: Only what the configuration of this process names.
+CONFIGURED = Databases({})
+
+_configured: dict[str, Database] = {}
+_mutex = threading.RLock()
+
+
+def configured(name: str = DEFAULT) -> Database:
+    """The database that the configuration names so, one object for the whole process.
+
+    Raises:
+        UnknownDatabaseError: the configuration has no such name.
+        ConfigurationError: what is configured cannot be used.
+    """
+    database = _configured.get(name)
+    if database is not None:
+        return database
+    with _mutex:
+        if name not in _configured:
+            config = get_config()
+            if name == DEFAULT:
+                _configured[name] = Database.from_config(config)
+            elif name in config.databases:
+                _configured[name] = _database(name, config.databases[name])
+            else:
+                raise UnknownDatabaseError(_unknown(name, [DEFAULT, *config.databases]))
+        return _configured[name]
+
+
+def configured_so_far() -> list[Database]:
+    """The databases of the configuration that have been used, for disposing of them."""
+    return list(_configured.values())
+
+
+def forget_configured() -> None:
+    """Read the configuration again at the next use. For tests; dispose of the engines first."""
+    with _mutex:
+        _configured.clear()
+
+
+def as_databases(
+    database: Database | str | URL | Mapping[str, Database | RepomConfig | str | URL] | None,
+) -> Databases:
+    """What an application gave to name its databases.
+
+    Args:
+        database: a `Database`; a URL; the name of a configured one; a mapping of names to
+            any of these; or None for what is configured.
+    """
+    if database is None:
+        return CONFIGURED
+    if isinstance(database, Mapping):
+        return Databases(database)
+    if isinstance(database, str) and ":" not in database:
+        return CONFIGURED.overlaid(database)
+    return Databases({DEFAULT: database})
+
+
+def _database(name: str, value: object) -> Database:
+    if isinstance(value, Database):
+        return value
+    if isinstance(value, RepomConfig):
+        return Database.from_config(value)
+    if isinstance(value, (str, URL)):
+        return Database(value)
+    raise ConfigurationError(
+        f"the database {name!r} is a {type(value).__name__}.\n"
+        "Give a URL, a Database, or a RepomConfig."
+    )
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    return (
+        f"no database is called {name!r}. Known: {', '.join(sorted(known))}.\n"
+        "Add it to RepomConfig.databases, or to the mapping given to DatabaseSessionMiddleware."
+    )

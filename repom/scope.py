@@ -1,0 +1,278 @@
+"""The unit of work: what is open in it, and how code finds it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from contextvars import Token
+from enum import Enum
+from typing import Any, TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from repom import finish
+from repom.callbacks import Callback, Callbacks
+from repom.context import Surroundings, surroundings
+from repom.database import BeginOptions, Database
+from repom.errors import (
+    MixedSessionsError,
+    TransactionError,
+    WrongEventLoopError,
+    WrongThreadError,
+)
+from repom.gate import scope_closed
+from repom.managed import InnerCommits, has_open_cursor
+from repom.participant import AsyncParticipant, Participant, SyncParticipant
+from repom.registry import DEFAULT, Databases
+
+#: Seconds that the end of a unit of work may take before its connections are closed.
+END_TIMEOUT = 30.0
+
+_P = TypeVar("_P", AsyncParticipant, SyncParticipant)
+
+
+class ScopeState(Enum):
+    OPEN = "open"
+    ENDING = "ending"  # new work is refused, what is in flight finishes
+    CLOSED = "closed"
+
+
+class SessionScope:
+    """One unit of work. Holds at most one session per database, opened on first use.
+
+    Made by its owner: the middleware, `session_scope()`, or a generator dependency outside of
+    both. Application code gets it by `current_scope()`.
+
+    Attributes:
+        label: what the unit of work is, for logs: its `str()` is "POST /articles", or a name.
+        parent: the scope inside which this one was opened, if any.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_async_sessions",
+        "_begin",
+        "_inner_commits",
+        "_loop",
+        "_mutex",
+        "_participants",
+        "_rollback_only",
+        "_state",
+        "_sync_sessions",
+        "_token",
+        "callbacks",
+        "databases",
+        "end_timeout",
+        "label",
+        "parent",
+    )
+
+    def __init__(
+        self,
+        databases: Databases,
+        *,
+        label: object,
+        begin: BeginOptions,
+        inner_commits: InnerCommits = "defer",
+        end_timeout: float = END_TIMEOUT,
+    ) -> None:
+        self.label = label
+        self.parent: Surroundings | None = None
+        self.databases = databases
+        self.end_timeout = end_timeout
+        self.callbacks = Callbacks()
+        self._begin = begin
+        self._inner_commits = inner_commits
+        self._state = ScopeState.OPEN
+        self._rollback_only = False
+        self._participants: dict[Database, Participant] = {}
+        # By what was asked for, so that `current_session()` is one look-up.
+        self._async_sessions: dict[str | Database, AsyncSession] = {}
+        self._sync_sessions: dict[str | Database, Session] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._token: Token[Surroundings | None] | None = None
+        self._mutex = threading.Lock()  # threads of one request may ask at the same time
+
+    def __repr__(self) -> str:
+        return f"<SessionScope {self.label} ({self._state.value})>"
+
+    # --- for application code
+
+    def session(self, database: str | Database = DEFAULT) -> AsyncSession:
+        """The scope's `AsyncSession`; see `current_session`."""
+        session = self._async_sessions.get(database)
+        if session is None or asyncio._get_running_loop() is not self._loop:
+            return self._open_async(database)
+        return session
+
+    def sync_session(self, database: str | Database = DEFAULT) -> Session:
+        """The scope's `Session`; see `current_sync_session`."""
+        session = self._sync_sessions.get(database)
+        return session if session is not None else self._open_sync(database)
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether something was begun that has not ended; a SELECT counts."""
+        return any(participant.in_transaction for participant in self.participants)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it accepts work."""
+        return self._state is ScopeState.OPEN
+
+    @property
+    def is_rollback_only(self) -> bool:
+        """Whether `rollback_only()` was called."""
+        return self._rollback_only
+
+    def rollback_only(self) -> None:
+        """Roll back at the end, whatever the outcome. The response stays as it is."""
+        self._rollback_only = True
+
+    async def commit(self) -> None:
+        """Commit now, on purpose. What follows is another transaction.
+
+        The callbacks registered by `on_commit` run. A later error undoes only what follows.
+
+        Raises:
+            TransactionError: `rollback_only()` was called before.
+            ScopeClosedError: the scope has ended.
+        """
+        self._refuse_early_commit()
+        await finish.end(self, commit=True)
+
+    def commit_sync(self) -> None:
+        """The sync twin of `commit`, for scopes opened by `sync_session_scope()`."""
+        self._refuse_early_commit()
+        finish.end_sync(self, commit=True)
+
+    def on_commit(self, callback: Callback, database: str | Database = DEFAULT) -> None:
+        """See `repom.on_commit`."""
+        self.callbacks.on_commit(callback, self._savepoint(database))
+
+    def on_rollback(self, callback: Callback, database: str | Database = DEFAULT) -> None:
+        """See `repom.on_rollback`."""
+        self.callbacks.on_rollback(callback, self._savepoint(database))
+
+    # --- opening sessions
+
+    def _open_async(self, key: str | Database) -> AsyncSession:
+        loop = asyncio._get_running_loop()
+        if loop is None:
+            raise WrongThreadError(
+                "current_session() was called in a thread without an event loop, where an "
+                "AsyncSession cannot be used.\n"
+                "Use current_sync_session() in `def` endpoints and threads."
+            )
+        self._refuse_if_over()
+        if self._async_sessions and self._loop is not loop:
+            raise WrongEventLoopError(
+                "this unit of work, and its connections, belong to another event loop.\n"
+                "Open one of its own on this loop: `async with session_scope() as session:`."
+            )
+        participant = self._participant(key, AsyncParticipant)
+        self._loop = loop
+        self._async_sessions[key] = participant.session
+        return participant.session
+
+    def _open_sync(self, key: str | Database) -> Session:
+        self._refuse_if_over()
+        participant = self._participant(key, SyncParticipant)
+        self._sync_sessions[key] = participant.session
+        return participant.session
+
+    def _participant(self, key: str | Database, kind: type[_P]) -> _P:
+        database = self.databases[key]
+        with self._mutex:
+            found = self._participants.get(database)
+            if found is None:
+                name = key if isinstance(key, str) else repr(key)
+                found = kind(name, database, self._begin, self._inner_commits, self.callbacks)
+                self._participants[database] = found
+        if not isinstance(found, kind):
+            used, asked = "current_sync_session()", "current_session()"
+            if kind is SyncParticipant:
+                used, asked = asked, used
+            raise MixedSessionsError(
+                f"{asked} was called where {used} is already in use for database "
+                f"{found.name!r}: two connections cannot share one transaction.\n"
+                f"Use {used} in the whole request, or open a unit of work of its own."
+            )
+        return found
+
+    def _savepoint(self, key: str | Database) -> Any:
+        self._refuse_if_over()
+        participant = self._participants.get(self.databases[key])
+        return participant and participant.sync_session.get_nested_transaction()
+
+    # --- for the owner: see `repom.finish`
+
+    @property
+    def participants(self) -> Collection[Participant]:
+        """What takes part in this unit of work, in the order in which it was opened."""
+        return tuple(self._participants.values())
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is anything to end, or anybody waits for the end."""
+        return bool(self._participants) or not self.callbacks.is_empty
+
+    @property
+    def has_open_cursor(self) -> bool:
+        """Whether a result of `session.stream()` may still be read."""
+        return any(has_open_cursor(p.sync_session) for p in self.participants)
+
+    def enter(self) -> None:
+        """Make this the scope of the running context."""
+        self.parent = surroundings.get()
+        self._token = surroundings.set(self)
+
+    def leave(self) -> None:
+        """Give the context back what it had before `enter`."""
+        token, self._token = self._token, None
+        if token is not None:
+            try:
+                surroundings.reset(token)
+            except ValueError:
+                # Left in another context than it was entered in, as generators can be. There
+                # it stays, closed, and tells so whoever finds it.
+                return
+
+    def refuse_work(self) -> None:
+        """Refuse new work from now on; what is in flight may finish."""
+        self._state = ScopeState.ENDING
+        for participant in self.participants:
+            participant.gate.closed = True
+
+    @contextmanager
+    def open_for_callbacks(self) -> Iterator[None]:
+        """Accept work for a while, also on the way to the end."""
+        before, self._state = self._state, ScopeState.OPEN
+        for participant in self.participants:
+            participant.gate.closed = False
+        try:
+            yield
+        finally:
+            if before is not ScopeState.OPEN:
+                self.refuse_work()
+
+    def closed(self) -> None:
+        """The scope is over: its sessions are no longer given out."""
+        self._state = ScopeState.CLOSED
+        self._async_sessions.clear()
+        self._sync_sessions.clear()
+
+    def _refuse_if_over(self) -> None:
+        if self._state is not ScopeState.OPEN:
+            raise scope_closed()
+
+    def _refuse_early_commit(self) -> None:
+        self._refuse_if_over()
+        if self._rollback_only:
+            raise TransactionError(
+                "commit() after rollback_only(): this unit of work is going to be rolled back.\n"
+                "Decide for one of them."
+            )

@@ -1,0 +1,98 @@
+"""Run the end of a unit of work to its end, whatever happens to the task that waits for it.
+
+A COMMIT that is cancelled half-way has an outcome nobody knows, and a ROLLBACK that is
+cancelled leaves a connection out of its pool. So both run in a task of their own that cannot
+be cancelled from outside, only by its time limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import anyio
+
+T = TypeVar("T")
+
+#: Seconds between two attempts to cancel a task that is past its limit.
+_INSIST_EVERY = 5.0
+
+
+class EndingTask(asyncio.Task[T]):
+    """A task that only its own time limit can cancel.
+
+    `asyncio.run()` cancels every task when its main coroutine has returned and then waits for
+    them. Because this one declines, the loop stays alive until the ending is done, also for
+    one that nobody waits for.
+
+    Args:
+        coro: the work.
+        loop: the running loop.
+        limit: seconds after which the task is cancelled for real. Cancelled inside a database
+            call, SQLAlchemy invalidates the connection, which is what the limit is for.
+    """
+
+    def __init__(
+        self, coro: Coroutine[Any, Any, T], *, loop: asyncio.AbstractEventLoop, limit: float
+    ) -> None:
+        super().__init__(coro, loop=loop)
+        self.expired = False
+        self._timer = loop.call_later(limit, self._expire)
+        self.add_done_callback(_stop_timer)
+
+    def cancel(self, msg: Any = None) -> bool:
+        # Past the limit the driver closes the connection, with time-outs of its own that
+        # work by cancelling this task: those must get through.
+        return super().cancel(msg) if self.expired else False
+
+    def _expire(self) -> None:
+        self.expired = True
+        super().cancel()
+        self._timer = self.get_loop().call_later(_INSIST_EVERY, self._expire)
+
+
+def _stop_timer(task: asyncio.Task[Any]) -> None:
+    task._timer.cancel()  # type: ignore[attr-defined]
+
+
+async def run_to_end(coro: Coroutine[Any, Any, T], *, limit: float) -> T:
+    """Await `coro` to its end, and only then let a cancellation of the caller through.
+
+    Args:
+        coro: the end of a unit of work.
+        limit: seconds it may take.
+
+    Returns:
+        What `coro` returns.
+
+    Raises:
+        asyncio.CancelledError: the caller was cancelled meanwhile; `coro` has ended all the
+            same. What `coro` raised is then the `__cause__`.
+    """
+    loop = asyncio.get_running_loop()
+    task = EndingTask(coro, loop=loop, limit=limit)
+    # Not `await task`: an anyio cancel scope repeats its cancellation on every turn of the
+    # loop until it is delivered. Waiting on a future of our own lets it in at once.
+    waiter = loop.create_future()
+    task.add_done_callback(lambda _: None if waiter.done() else waiter.set_result(None))
+    try:
+        await waiter
+    except asyncio.CancelledError as cancelled:
+        with anyio.CancelScope(shield=True):
+            await _finished(task)
+        if not task.cancelled():
+            # The same exception object goes on: anyio recognises its own by the message.
+            cancelled.__cause__ = task.exception()
+        raise
+    return task.result()
+
+
+async def _finished(task: EndingTask[Any]) -> None:
+    """Wait until `task` is done, through any number of further calls of `Task.cancel()`."""
+    while not task.done():
+        try:
+            await asyncio.wait((task,))
+        except asyncio.CancelledError:
+            # The caller is about to raise the first CancelledError; a second says no more.
+            continue
