@@ -1,0 +1,113 @@
+"""Entry points for async code that does not use the middleware, or not only.
+
+async with get_async_db_session() as session:
+    session.add(user)                       # committed here; an exception rolls back
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from repom import deferred, finish
+from repom.context import surroundings
+from repom.current import Outside, databases_here, open_scope_here
+from repom.database import Database
+from repom.loop_exit import AsyncForms, as_async_generator_function
+from repom.registry import DEFAULT
+from repom.scope import SessionScope
+from repom.transaction import new_scope
+from repom.urls import convert_to_async_uri
+
+__all__ = ["convert_to_async_uri", "get_async_db_session", "get_async_session"]
+
+logger = logging.getLogger("repom")
+
+
+async def get_async_session(database: str | Database | None = None) -> AsyncSession:
+    """A new `AsyncSession`, ready to execute. The caller commits and closes it.
+
+    It is separate from the session of a request, inside one too.
+
+    Args:
+        database: a name, or the `Database`; the default one if left out.
+
+    Example:
+        >>> session = await get_async_session()
+        >>> try:
+        ...     user = await session.get(User, 1)
+        ... finally:
+        ...     await session.close()
+    """
+    deferred.raise_failure()
+    await deferred.settled()
+    return databases_here()[database].sessionmaker()
+
+
+@as_async_generator_function
+def get_async_db_session(database: str | Database | None = None) -> AsyncForms[AsyncSession]:
+    """The session of the unit of work this code runs in; without one, a unit of its own.
+
+    Inside a request that the middleware serves, or a `session_scope()`, it leaves the ending
+    to the owner. On its own it commits when left, rolls back when an exception leaves it, and
+    closes always; `current_session()` works inside.
+
+    * `async with get_async_db_session() as session:` is the form to prefer.
+    * `session: AsyncSession = Depends(get_async_db_session)` in FastAPI. Without the middleware
+      write `Depends(get_async_db_session, scope="function")`, which ends before the response
+      is sent; by default FastAPI ends dependencies after it.
+    * `async for session in get_async_db_session():` commits however the loop is left, but by
+      an exception. After `return` and `break` the COMMIT happens when the function has gone
+      on already: its failure can only be logged, and raised at the next use of repom.
+
+    Args:
+        database: a name, or the `Database`; the default one if left out.
+    """
+    return AsyncForms(lambda: _AsyncUnit(database))
+
+
+class _AsyncUnit:
+    """One use of `get_async_db_session`: see `repom.loop_exit.AsyncWork`."""
+
+    def __init__(self, database: str | Database | None) -> None:
+        self._database = database
+        self._owned: SessionScope | None = None
+
+    async def begin(self) -> AsyncSession:
+        scope = open_scope_here()
+        if scope is not None:
+            return scope.session(DEFAULT if self._database is None else self._database)
+        if isinstance(surroundings.get(), Outside):
+            _warn_of_long_session()
+        self._owned = new_scope(self._database, label="get_async_db_session()")
+        self._owned.enter()
+        return self._owned.session()
+
+    async def end(self, error: BaseException | None, /) -> None:
+        scope = self._owned
+        if scope is not None:
+            try:
+                await finish.finish(scope, commit=error is None and not scope.is_rollback_only)
+            finally:
+                scope.leave()
+
+    def leave(self, *, commit: bool) -> None:
+        scope = self._owned
+        if scope is not None:
+            scope.leave()
+            deferred.end_later(
+                finish.finish(scope, commit=commit and not scope.is_rollback_only),
+                limit=scope.end_timeout,
+                label="get_async_db_session()",
+            )
+
+
+@functools.cache
+def _warn_of_long_session() -> None:
+    logger.warning(
+        "get_async_db_session() was used where no request is served, on a WebSocket for "
+        "instance: its transaction stays open as long as the connection does. Open one for "
+        "each message: `async with session_scope() as session:`."
+    )
