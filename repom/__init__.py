@@ -9,6 +9,7 @@ from repom.current import (
     on_rollback,
 )
 from repom.database import Database
+from repom.registry import get_database
 from repom.scope import SessionScope
 from repom.transaction import atomic, session_scope, sync_session_scope
 
@@ -21,6 +22,7 @@ __all__ = [
     "current_session",
     "current_sync_session",
     "get_config",
+    "get_database",
     "on_commit",
     "on_rollback",
     "session_scope",

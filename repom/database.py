@@ -89,7 +89,7 @@ class Database:
         self.sqlite_begin = sqlite_begin
         self.pgbouncer = pgbouncer
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
-        self._async_engines = LoopEngines(self._create_async_engine, safe(self.url))
+        self._async_engines = LoopEngines(self.new_async_engine, safe(self.url))
         self._sync_engine: Engine | None = None
         self._sync_variants: dict[BeginOptions, Engine] = {}
         self._mutex = threading.RLock()
@@ -135,7 +135,7 @@ class Database:
         if self._sync_engine is None:
             with self._mutex:
                 if self._sync_engine is None:
-                    self._sync_engine = self._create_engine()
+                    self._sync_engine = self.new_engine()
         return self._sync_engine
 
     def async_bind(self, options: BeginOptions) -> AsyncEngine:
@@ -219,6 +219,24 @@ class Database:
 
     # --- making engines
 
+    def new_async_engine(self, **engine_kwargs: Any) -> AsyncEngine:
+        """A new `AsyncEngine` with all that repom adds; the caller disposes of it.
+
+        Args:
+            engine_kwargs: laid over those of this database.
+        """
+        support = self._async_support()
+        engine = create_async_engine(support.url, **self._create_kwargs(support, engine_kwargs))
+        support.install(engine.sync_engine)
+        return engine
+
+    def new_engine(self, **engine_kwargs: Any) -> Engine:
+        """A new `Engine`: the sync twin of `new_async_engine`."""
+        support = self._support(to_sync, is_async=False)
+        engine = create_engine(support.url, **self._create_kwargs(support, engine_kwargs))
+        support.install(engine)
+        return engine
+
     def _execution_options(self, options: BeginOptions) -> dict[str, Any]:
         execution_options: dict[str, Any] = {}
         if options.isolation_level is not None:
@@ -253,21 +271,9 @@ class Database:
             pgbouncer=self.pgbouncer,
         )
 
-    def _create_async_engine(self) -> AsyncEngine:
-        support = self._async_support()
-        engine = create_async_engine(support.url, **self._create_kwargs(support))
-        support.install(engine.sync_engine)
-        return engine
-
-    def _create_engine(self) -> Engine:
-        support = self._support(to_sync, is_async=False)
-        engine = create_engine(support.url, **self._create_kwargs(support))
-        support.install(engine)
-        return engine
-
-    def _create_kwargs(self, support: Support) -> dict[str, Any]:
+    def _create_kwargs(self, support: Support, given: Mapping[str, Any]) -> dict[str, Any]:
         support.check()
-        kwargs = support.engine_kwargs(self.engine_kwargs)
+        kwargs = support.engine_kwargs({**self.engine_kwargs, **given})
         kwargs["connect_args"] = support.connect_args(kwargs.get("connect_args") or {})
         return kwargs
 

@@ -34,7 +34,7 @@ class Databases:
             return database
         name = DEFAULT if database is None else database
         found = self._by_name.get(name)
-        return found if found is not None else configured(name)
+        return found if found is not None else get_database(name)
 
     def items(self) -> list[tuple[str, Database]]:
         """The databases that were given, in that order."""
@@ -56,7 +56,7 @@ _configured: dict[str, Database] = {}
 _mutex = threading.RLock()
 
 
-def configured(name: str = DEFAULT) -> Database:
+def get_database(name: str = DEFAULT) -> Database:
     """The database that the configuration names so, one object for the whole process.
 
     Raises:

@@ -108,6 +108,7 @@ class Support:
         info = connection.info
         driver_connection = connection.connection.driver_connection
         if _ROLLED_BACK_BY in info or self.is_aborted(driver_connection):
+            _roll_back(connection)
             raise aborted() from info.get(_ROLLED_BACK_BY) or info.get(_FIRST_ERROR)
         if not self.is_lost(driver_connection):
             info[_COMMIT_SENT] = True
@@ -132,6 +133,17 @@ class Support:
         if self.ends_transaction(error):
             info[_ROLLED_BACK_BY] = error
         return None
+
+
+def _roll_back(connection: Connection) -> None:
+    """Roll back below SQLAlchemy, which takes a failed COMMIT for a transaction that is over.
+
+    It would put the connection back into its pool with what is still open on it.
+    """
+    try:
+        connection.dialect.do_rollback(connection.connection)
+    except Exception as error:
+        connection.invalidate(error)
 
 
 def aborted() -> TransactionAbortedError:

@@ -185,8 +185,15 @@ class RepomSQLiteConnection(sqlite3.Connection):
             self.execute("PRAGMA journal_mode = WAL")
 
     def commit(self) -> None:
-        super().commit()
-        self._ended()
+        try:
+            super().commit()
+        except sqlite3.Error:
+            # Refused by a deferred constraint, the transaction is still open. SQLAlchemy takes
+            # it for over and would put the connection back into its pool as it is.
+            super().rollback()
+            raise
+        finally:
+            self._ended()
 
     def rollback(self) -> None:
         super().rollback()

@@ -1,0 +1,70 @@
+"""Runs the code of README.md and of the guides, each in an empty folder with a new database.
+
+What a guide does not show, such as the requests and what they must answer, is in comments
+that start with `invisible-code-block: python`.
+"""
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import httpx
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+
+from repom import registry
+from repom.config import reset_config
+
+_SETTINGS = ("DATABASE_URL", "REPOM_DATABASE_URL", "CONFIG_HOOK")
+_before: dict[str, Any] = {}
+
+
+@asynccontextmanager
+async def client_of(app: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of `app`, which is started and stopped around it."""
+    from tests.support.lifespan import lifespan
+
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with (
+        lifespan(app),
+        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+    ):
+        yield client
+
+
+def _setup(namespace: dict[str, Any]) -> None:
+    folder = TemporaryDirectory()
+    _before.update(
+        folder=folder,
+        cwd=Path.cwd(),
+        environ={name: os.environ.pop(name) for name in _SETTINGS if name in os.environ},
+    )
+    os.chdir(folder.name)
+    sys.path.insert(0, folder.name)
+    namespace.update(client_of=client_of, asyncio=asyncio)
+
+
+def _teardown(namespace: dict[str, Any]) -> None:
+    for database in registry.configured_so_far():
+        database.dispose_sync()
+    registry.forget_configured()
+    reset_config()
+    sys.path.remove(_before["folder"].name)
+    os.chdir(_before["cwd"])
+    for name in _SETTINGS:
+        os.environ.pop(name, None)
+    os.environ.update(_before["environ"])
+    _before.pop("folder").cleanup()
+
+
+pytest_collect_file = Sybil(
+    parsers=[PythonCodeBlockParser(), SkipParser()],
+    patterns=["README.md", "docs/*.md", "docs/ja/*.md"],
+    setup=_setup,
+    teardown=_teardown,
+).pytest()
