@@ -46,7 +46,7 @@ def _setup(namespace: dict[str, Any]) -> None:
     )
     os.chdir(folder.name)
     sys.path.insert(0, folder.name)
-    namespace.update(client_of=client_of, asyncio=asyncio)
+    namespace.update(client_of=client_of, asyncio=asyncio, docs=_before["cwd"] / "docs")
 
 
 def _teardown(namespace: dict[str, Any]) -> None:

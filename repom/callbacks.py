@@ -39,13 +39,15 @@ class Callbacks:
 
     def committed(self) -> None:
         """The transaction has been committed."""
-        self._due += [registered.callback for registered in self._on_commit]
-        self._clear()
+        if self._on_commit or self._on_rollback:
+            self._due += [registered.callback for registered in self._on_commit]
+            self._clear()
 
     def rolled_back(self) -> None:
         """The transaction has been rolled back."""
-        self._due += [registered.callback for registered in self._on_rollback]
-        self._clear()
+        if self._on_commit or self._on_rollback:
+            self._due += [registered.callback for registered in self._on_rollback]
+            self._clear()
 
     def savepoint_rolled_back(self, savepoint: SessionTransaction) -> None:
         """The work since this savepoint has been undone, with that of savepoints inside it."""

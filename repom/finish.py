@@ -30,13 +30,12 @@ async def end(scope: SessionScope, *, commit: bool) -> None:
     Raises:
         BaseException: what COMMIT raised; everything is rolled back then.
     """
-    if scope.has_work:
-        try:
-            await run_to_end(_end(scope, commit), limit=scope.end_timeout)
-        except Exception:
-            await _run_callbacks(scope)
-            raise
+    try:
+        await _end_transactions(scope, commit)
+    except Exception:
         await _run_callbacks(scope)
+        raise
+    await _run_callbacks(scope)
 
 
 async def finish(scope: SessionScope, *, commit: bool) -> None:
@@ -59,13 +58,12 @@ async def finish(scope: SessionScope, *, commit: bool) -> None:
 
 def end_sync(scope: SessionScope, *, commit: bool) -> None:
     """The sync twin of `end`, for scopes that hold sync sessions only."""
-    if scope.has_work:
-        try:
-            _end_sync(scope, commit)
-        except Exception:
-            _run_callbacks_sync(scope)
-            raise
+    try:
+        _end_transactions_sync(scope, commit)
+    except Exception:
         _run_callbacks_sync(scope)
+        raise
+    _run_callbacks_sync(scope)
 
 
 def finish_sync(scope: SessionScope, *, commit: bool) -> None:
@@ -83,6 +81,13 @@ def finish_sync(scope: SessionScope, *, commit: bool) -> None:
 # --- transactions
 
 
+async def _end_transactions(scope: SessionScope, commit: bool) -> None:
+    if scope.in_transaction:
+        await run_to_end(_end(scope, commit), limit=scope.end_timeout)
+    else:
+        _settle(scope, commit)
+
+
 async def _end(scope: SessionScope, commit: bool) -> None:
     # Runs to its end in any case, so that the callbacks always learn what has happened.
     try:
@@ -93,7 +98,7 @@ async def _end(scope: SessionScope, commit: bool) -> None:
     _settle(scope, commit)
 
 
-def _end_sync(scope: SessionScope, commit: bool) -> None:
+def _end_transactions_sync(scope: SessionScope, commit: bool) -> None:
     try:
         perform_sync(_ending_steps(scope, commit))
     except BaseException as error:
@@ -103,7 +108,7 @@ def _end_sync(scope: SessionScope, commit: bool) -> None:
 
 
 def _ending_steps(scope: SessionScope, commit: bool) -> Steps:
-    parties = [p for p in scope.participants if p.in_transaction]
+    parties = [participant for participant in scope.participants if participant.in_transaction]
     return commit_steps(parties) if commit else rollback_steps(parties)
 
 
@@ -164,10 +169,10 @@ async def _run_callbacks(scope: SessionScope) -> None:
                 result = callback()
                 if inspect.isawaitable(result):
                     await result
-                await run_to_end(_end(scope, True), limit=scope.end_timeout)
+                await _end_transactions(scope, True)
             except Exception:
                 _log_failed(scope, callback)
-                await run_to_end(_end(scope, False), limit=scope.end_timeout)
+                await _end_transactions(scope, False)
 
 
 def _run_callbacks_sync(scope: SessionScope) -> None:
@@ -177,10 +182,10 @@ def _run_callbacks_sync(scope: SessionScope) -> None:
                 result = callback()
                 if inspect.isawaitable(result):
                     async_to_sync(_awaited)(result)
-                _end_sync(scope, True)
+                _end_transactions_sync(scope, True)
             except Exception:
                 _log_failed(scope, callback)
-                _end_sync(scope, False)
+                _end_transactions_sync(scope, False)
 
 
 async def _awaited(result: Awaitable[Any]) -> None:

@@ -218,7 +218,7 @@ class SessionScope:
     @property
     def has_work(self) -> bool:
         """Whether there is anything to end, or anybody waits for the end."""
-        return bool(self._participants) or not self.callbacks.is_empty
+        return self.in_transaction or not self.callbacks.is_empty
 
     @property
     def has_open_cursor(self) -> bool:

@@ -1,14 +1,12 @@
-"""The databases, the servers and the leak checks of the tests.
+"""The databases of the tests, and the checks that nothing is left behind.
 
 What must fail is run by a pytest of its own, which loads the same `conftest`.
 """
 
-import http.client
 import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -16,10 +14,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.support import sockets
-from tests.support.asgi import Receive, Scope, Send
 from tests.support.reader import ask, connect, connections, execute, open_transactions, rows
-from tests.support.sockets import free_port, serve, serve_process
+from tests.support.sockets import free_port
 
 ROOT = Path(__file__).parent.parent
 RunTests = Callable[..., str]
@@ -128,6 +124,10 @@ def test_postgres(postgres_url):
         kept.append(connect(postgres_url))
         ask(kept[-1], statement)
 
+async def test_dropped(postgres_url):
+    cycle = [await asyncpg.connect(postgres_url)]
+    cycle.append(cycle)
+
 def test_mysql(mysql_url):
     execute(mysql_url, "create table item (id int)")
     kept.append(connect(mysql_url))
@@ -175,19 +175,22 @@ def test_last():
 def test_leaks_are_errors_of_the_test_that_leaves_them(run_tests: RunTests) -> None:
     """A connection, an unclosed object, a task and a thread fail their test and no other."""
     output = run_tests(LEAKS)
-    blamed = re.findall(r"^ERROR \S+::(test_\w+)", output, re.M)
+    blamed = re.findall(r"^ERROR \S*::(test_\w+)", output, re.M)
     assert blamed == [
         "test_postgres",
+        "test_dropped",
         "test_mysql",
         "test_unclosed_file",
         "test_task",
         "test_thread",
     ]
-    assert "10 passed, 5 errors" in output
+    assert "11 passed, 6 errors" in output
     assert (
         "::test_postgres left 2 connection(s) to PostgreSQL open after 1.0 s:"
         " idle in transaction (last: 'begin'), idle (last: \"select 'SELECT BY TEST'\")"
     ) in output
+    assert re.search(r"::test_dropped left 1 .* and unclosed objects: .*unclosed transport", output)
+    assert re.search(r"::test_unclosed_file left unclosed objects: unclosed file", output)
     assert "::test_mysql left 1 connection(s) to MariaDB open" in output
     assert "the test left 1 task(s) running: forgotten" in output
     assert "::test_thread left 1 thread(s) running: forgotten thread" in output
@@ -208,87 +211,3 @@ def test_the_database_of_a_run_is_removed(
     assert not rows(
         mysql_url, "select 1 from information_schema.schemata where schema_name = %s", found[2]
     )
-
-
-# --- servers ----------------------------------------------------------------------------------
-
-
-def fetch(url: str) -> tuple[int, bytes]:
-    with closing(http.client.HTTPConnection(urlsplit(url).netloc, timeout=5)) as connection:
-        connection.request("GET", "/")
-        response = connection.getresponse()
-        return response.status, response.read()
-
-
-async def lifespan_app(scope: Scope, receive: Receive, send: Send) -> None:
-    if scope["type"] == "lifespan":
-        for what in ("startup", "shutdown"):
-            assert (await receive())["type"] == f"lifespan.{what}"
-            events.append(what)
-            await send({"type": f"lifespan.{what}.complete"})
-        return
-    await send({"type": "http.response.start", "status": 200})
-    await send({"type": "http.response.body", "body": threading.current_thread().name.encode()})
-
-
-events: list[str] = []
-
-
-def test_serve() -> None:
-    """The application answers on a real socket, in another thread, and is shut down."""
-    events.clear()
-    with serve(lifespan_app) as url:
-        assert fetch(url) == (200, f"uvicorn {url}".encode())
-    assert events == ["startup", "shutdown"]
-    with pytest.raises(ConnectionRefusedError):
-        fetch(url)
-
-
-def test_serve_reports_a_failed_start() -> None:
-    """A server that cannot start says why, instead of leaving the test to time out."""
-
-    async def broken(scope: Scope, receive: Receive, send: Send) -> None:
-        raise ZeroDivisionError
-
-    with pytest.raises(RuntimeError, match="did not start") as failed, serve(broken):
-        pass
-    assert isinstance(failed.value.__cause__, SystemExit)
-    with pytest.raises(RuntimeError, match="did not start"), serve(lifespan_app, loop="no:loop"):
-        pass
-
-
-def test_serve_process() -> None:
-    """A server process runs during the block, and no longer."""
-    port = free_port()
-    url = f"http://127.0.0.1:{port}/"
-    args = ["-m", "http.server", str(port), "--bind", "127.0.0.1"]
-    with serve_process(args, {"PYTHONUNBUFFERED": "1"}, ready_url=url) as process:
-        assert fetch(url)[0] == 200
-        assert "GET / HTTP" in process.output()
-    assert process.popen.returncode is not None
-
-
-def test_serve_process_reports_a_failed_start() -> None:
-    """What the process has printed is in the error."""
-    with (
-        pytest.raises(RuntimeError, match=r"ended with status 3.*\n.*no luck"),
-        serve_process(["-c", "print('no luck'); exit(3)"], ready_url="http://127.0.0.1:1/"),
-    ):
-        pass
-
-
-def test_serve_process_kills_what_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that ignores SIGTERM is killed, and the test fails."""
-    monkeypatch.setattr(sockets, "PATIENCE", 0.2)
-    port = free_port()
-    source = (
-        "import http.server as h, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
-        f"h.HTTPServer(('127.0.0.1', {port}), h.SimpleHTTPRequestHandler).serve_forever()"
-    )
-    url = f"http://127.0.0.1:{port}/"
-    with (
-        pytest.raises(RuntimeError, match="did not end within"),
-        serve_process(["-c", source], ready_url=url, deadline=10) as process,
-    ):
-        pass
-    assert process.popen.returncode < 0

@@ -70,7 +70,7 @@ VIOLATIONS: dict[str, tuple[list[Message], str]] = {
     "length-twice": ([start(headers=[(b"content-length", b"0")] * 2)], "must be one number"),
     "204-with-body": ([start(status=204), body(body=b"x")], "have no body: 204"),
     "304-with-body": ([start(status=304), body(body=b"x")], "have no body: 304"),
-    "trailers-not-offered": ([start(trailers=True)], "does not offer"),
+    "trailers-announced-not-offered": ([start(trailers=True)], "does not offer"),
     **{
         f"{name}-not-offered": ([START, part(name)], "does not offer that extension")
         for name in ["trailers", "pathsend", "zerocopysend", "early_hint", "push", "debug"]

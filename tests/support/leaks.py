@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import gc
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -54,11 +55,24 @@ def _check(node: pytest.Item, threads_before: set[threading.Thread]) -> None:
     if threads := _left_threads(threads_before):
         names = ", ".join(thread.name for thread in threads)
         problems.append(f"{len(threads)} thread(s) running: {names}")
-    if urls:
-        # What was dropped without being closed warns now, and pytest makes that this test's error.
-        gc.collect()
+    if urls and (unclosed := _unclosed()):
+        problems.append("unclosed objects: " + ", ".join(unclosed))
     if problems:
         pytest.fail(f"{node.nodeid} left " + "; and ".join(problems), pytrace=False)
+
+
+def _unclosed() -> list[str]:
+    """Collect the garbage; return the complaints of what was dropped without being closed."""
+    complaints: list[str] = []
+    # Not left to pytest's hook: after a failed teardown that blames the next test, and it keeps
+    # the object alive, whose parts then blame the one after.
+    pytests_hook = sys.unraisablehook
+    sys.unraisablehook = lambda unraisable: complaints.append(str(unraisable.exc_value))
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = pytests_hook
+    return complaints
 
 
 def _describe(url: str, left: list[ServerConnection]) -> str:
