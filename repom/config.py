@@ -6,16 +6,11 @@ because a password may contain it. All of it is read on first use, nothing at im
 `os.environ` is never changed.
 """
 
-import difflib
 import functools
-import importlib
-import importlib.machinery
-import inspect
 import logging
 import os
-import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -23,7 +18,8 @@ from typing import Any, ClassVar, Literal
 from dotenv import dotenv_values, find_dotenv
 from sqlalchemy.engine import URL
 
-from repom.errors import ConfigHookError, ConfigurationError
+from repom.config_hook import Hook
+from repom.errors import ConfigurationError
 from repom.urls import safe
 
 logger = logging.getLogger("repom")
@@ -166,9 +162,9 @@ def get_config() -> RepomConfig:
             if setting is None:
                 _config = RepomConfig()
             else:
-                _running_hook = _Hook(*setting)
+                _running_hook = Hook(*setting)
                 try:
-                    _config = _running_hook.config()
+                    _config = _running_hook.call(RepomConfig)
                 finally:
                     _running_hook = None
         return _config
@@ -184,7 +180,7 @@ def reset_config() -> None:
 # Re-entrant, so that a hook which calls get_config() meets the error and not a deadlock.
 _lock = threading.RLock()
 _config: RepomConfig | None = None
-_running_hook: "_Hook | None" = None
+_running_hook: Hook | None = None
 
 
 def _read_setting(name: str) -> tuple[str, str] | None:
@@ -202,105 +198,3 @@ def _read_setting(name: str) -> tuple[str, str] | None:
         ) from error
     value = (values.get(name) or "").strip()
     return (value, path) if value else None
-
-
-class _Hook:
-    """The steps from the value of `CONFIG_HOOK` to a config, each with its own error."""
-
-    def __init__(self, value: str, source: str) -> None:
-        self.value = value
-        self.source = source
-
-    def error(self, problem: str, remedy: str) -> ConfigHookError:
-        # What looks like a URL was put here by mistake, and may hold a password.
-        value = "" if re.search("@|://", self.value) else f"={self.value}"
-        return ConfigHookError(f"CONFIG_HOOK{value} (set in {self.source}) {problem}.\n{remedy}")
-
-    def config(self) -> RepomConfig:
-        function = self._function()
-        try:
-            result = function()
-        except ConfigHookError:
-            raise  # of a get_config() inside the hook: it says what is wrong already
-        except Exception as error:
-            raise self.error(
-                f"raised {type(error).__name__}", "Its own error is the cause shown with this one."
-            ) from error
-        if isinstance(result, RepomConfig):
-            return result
-        if inspect.iscoroutine(result):
-            result.close()  # or Python warns that it was never awaited, which is not the point
-            raise self.error(
-                "is an async function", "Write it with `def`: it is called by sync code too."
-            )
-        if isinstance(result, type) and issubclass(result, RepomConfig):
-            raise self.error(
-                f"returned the class {result.__name__}", f"Return an object: {result.__name__}()."
-            )
-        raise self.error(
-            f"returned an object of type {type(result).__name__}",
-            "Return an instance of RepomConfig or of a subclass.",
-        )
-
-    def _function(self) -> Callable[[], object]:
-        """The function itself, known to be callable without arguments."""
-        names = re.fullmatch(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*)", self.value)
-        if names is None:
-            raise self.error(
-                "is not of the form package.module:function",
-                "Write, for example, CONFIG_HOOK=settings:get_repom_config.",
-            )
-        module_name, name = names.groups()
-        module = self._module(module_name)
-        try:
-            function: Callable[[], object] = getattr(module, name)
-        except AttributeError as error:
-            close = difflib.get_close_matches(name, dir(module))
-            raise self.error(
-                f"names no attribute of the module {module_name}",
-                f"Did you mean {' or '.join(close)}?" if close else f"Define {name}() there.",
-            ) from error
-        if not callable(function):
-            raise self.error(
-                f"is not a function, but an object of type {type(function).__name__}",
-                "Name a function without parameters that returns the config.",
-            )
-        try:
-            inspect.signature(function).bind()
-        except TypeError as error:
-            raise self.error(
-                "needs arguments", "It is called with none: give each a default."
-            ) from error
-        except ValueError:
-            pass  # a builtin without a signature: the call will tell
-        return function
-
-    def _module(self, name: str) -> object:
-        try:
-            return importlib.import_module(name)
-        except ConfigHookError:
-            raise  # of a get_config() at the module's top level
-        except Exception as error:
-            missing = error.name if isinstance(error, ModuleNotFoundError) else None
-            # Only the module itself or a package above it, not what the module imports.
-            if missing and f"{name}.".startswith(f"{missing}."):
-                raise self.error(
-                    f"names a module that is not on sys.path: {missing}", _where_is(missing)
-                ) from error
-            detail = f" for {missing}" if missing else ""
-            raise self.error(
-                f"cannot be imported: {name} raised {type(error).__name__}{detail}",
-                "Its own error is the cause shown with this one.",
-            ) from error
-
-
-def _where_is(module: str) -> str:
-    """What to do about a module that cannot be found."""
-    folder = os.getcwd()
-    # Of a dotted name, find_spec() would look for the last part alone.
-    if "." not in module and importlib.machinery.PathFinder.find_spec(module, [folder]):
-        return (
-            f"It is in the working directory {folder}, which is not on sys.path: "
-            f"set PYTHONPATH={folder}, or install the application."
-        )
-    return "Write it as `import` would; set PYTHONPATH to its folder, or install the application."

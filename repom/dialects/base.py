@@ -8,12 +8,13 @@ Two truths are established here for every connection, repom's own sessions or no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, Pool, QueuePool
+from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, Pool, PoolProxiedConnection, QueuePool
 
 from repom.errors import (
     CommitOutcomeUnknown,
@@ -23,10 +24,9 @@ from repom.errors import (
 )
 from repom.urls import safe
 
-# Keys of `Connection.info`, which lives as long as the DBAPI connection.
-_FIRST_ERROR = "repom.first_error"  # of the running transaction, or since its last savepoint
-_ROLLED_BACK_BY = "repom.rolled_back_by"  # the error with which the server ended it
-_COMMIT_SENT = "repom.commit_sent"
+# Keys of `PoolProxiedConnection.info`, which lives as long as the DBAPI connection.
+ABORTED_BY = "repom.aborted_by"  # the error with which the server aborted the transaction
+_COMMIT_SENT = "repom.commit_sent"  # and not yet answered
 
 _QUEUE_POOL_OPTIONS = ("pool_size", "max_overflow", "pool_timeout", "pool_use_lifo")
 
@@ -68,50 +68,74 @@ class Support:
     def default_pool(self) -> type[Pool]:
         return AsyncAdaptedQueuePool if self.is_async else QueuePool
 
-    def is_aborted(self, driver_connection: Any) -> bool:
-        """Whether the database would answer COMMIT without committing. Asks no server."""
+    # --- what only one dialect can answer; none of it asks the server
+
+    def aborts(self, error: Exception, driver_connection: Any) -> bool:
+        """Whether the server has aborted the whole transaction, and raised `error` for that."""
         return False
 
-    def ends_transaction(self, error: Exception) -> bool:
-        """Whether the server rolled the whole transaction back when it raised `error`."""
-        return False
+    def is_aborted(self, connection: PoolProxiedConnection) -> bool:
+        """Whether the server would answer COMMIT without committing."""
+        return ABORTED_BY in connection.info
 
     def is_lost(self, driver_connection: Any) -> bool:
         """Whether the connection is known to be dead, so that COMMIT would not be sent."""
         return False
 
+    def is_answer(self, error: Exception) -> bool:
+        """Whether `error`, which ended the connection, is the server's answer to COMMIT."""
+        return False
+
     def connect_failed(self, error: Exception) -> RepomError:
         """The error to raise when no connection could be made."""
+        said = " ".join(str(error).split())  # psycopg takes several lines
         return DatabaseUnreachableError(
-            f"cannot connect to {safe(self.url)}: {type(error).__name__}: {error}\n"
+            f"cannot connect to {safe(self.url)}: {type(error).__name__}: {said}\n"
             "Check that the server runs and is reachable, and that host, port, user, password "
             "and database name of the URL are right."
         )
 
+    def abandon(self, driver_connection: Any) -> None:
+        """Close a connection whose event loop is closed, so without asking the server.
+
+        What repom does not know how to close, the driver closes when it is collected.
+        """
+
+    # --- the two truths
+
     def install(self, engine: Engine) -> None:
-        """Register the listeners that keep the two truths."""
-        event.listen(engine, "do_connect", self._connect)
-        event.listen(engine, "begin", _forget)
-        event.listen(engine, "rollback_savepoint", _forget_error)
-        event.listen(engine, "commit", self._before_commit)
+        """Make `engine` keep the two truths."""
+        # Methods of the dialect, of which every engine has its own, and not events of the
+        # engine: a single listener makes SQLAlchemy prepare for all of them at every
+        # statement. Nor `do_connect`, where the first listener to connect keeps others out,
+        # those that fetch a password for instance.
+        dialect: Any = engine.dialect
+        dialect.connect = partial(self._connect, dialect.connect)
+        dialect.do_begin = partial(self._begin, dialect.do_begin)
+        dialect.do_commit = partial(self._commit, dialect.do_commit)
         event.listen(engine, "handle_error", self._on_error)
 
-    def _connect(self, dialect: Any, record: Any, cargs: Any, cparams: Any) -> Any:
+    def _connect(self, connect: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
-            return dialect.connect(*cargs, **cparams)
+            return connect(*args, **kwargs)
         except (RepomError, TypeError):  # a wrong keyword in connect_args explains itself
             raise
         except Exception as error:
             raise self.connect_failed(error) from error
 
-    def _before_commit(self, connection: Connection) -> None:
+    def _begin(self, do_begin: Callable[..., None], connection: PoolProxiedConnection) -> None:
+        connection.info.pop(ABORTED_BY, None)
+        do_begin(connection)
+
+    def _commit(self, do_commit: Callable[..., None], connection: PoolProxiedConnection) -> None:
+        # What is raised here, `_on_error` sees.
+        if self.is_aborted(connection):
+            raise aborted()
         info = connection.info
-        driver_connection = connection.connection.driver_connection
-        if _ROLLED_BACK_BY in info or self.is_aborted(driver_connection):
-            _roll_back(connection)
-            raise aborted() from info.get(_ROLLED_BACK_BY) or info.get(_FIRST_ERROR)
-        if not self.is_lost(driver_connection):
+        if not self.is_lost(connection.driver_connection):
             info[_COMMIT_SENT] = True
+        do_commit(connection)
+        info.pop(_COMMIT_SENT, None)
 
     def _on_error(self, context: ExceptionContext) -> BaseException | None:
         connection = context.connection
@@ -119,19 +143,21 @@ class Support:
         if connection is None or connection.invalidated or not isinstance(error, Exception):
             return None
         info = connection.info
+        commit_sent = info.pop(_COMMIT_SENT, False)
         if isinstance(error, TransactionAbortedError):
-            # Raised by the driver's connection class, which does not know the first error.
-            error.__cause__ = info.get(_FIRST_ERROR)
-            return None
-        if context.is_disconnect and _COMMIT_SENT in info:
-            return CommitOutcomeUnknown(
-                "the connection was lost while COMMIT was in flight: the database may have "
-                "committed, or not.\n"
-                "Look there before doing the work again; repom never retries it."
-            )
-        info.setdefault(_FIRST_ERROR, error)
-        if self.ends_transaction(error):
-            info[_ROLLED_BACK_BY] = error
+            error.__cause__ = info.get(ABORTED_BY)
+            _roll_back(connection)
+        elif context.is_disconnect:
+            if commit_sent and not self.is_answer(error):
+                return CommitOutcomeUnknown(
+                    "the connection was lost while COMMIT was in flight: the database may have "
+                    "committed, or not.\n"
+                    "Look there before doing the work again; repom never retries it."
+                )
+        elif commit_sent:
+            _roll_back(connection)
+        elif self.aborts(error, connection.connection.driver_connection):
+            info[ABORTED_BY] = error
         return None
 
 
@@ -154,23 +180,6 @@ def aborted() -> TransactionAbortedError:
         "Let that error pass (it is the __cause__), or run what may fail inside "
         "`async with atomic():`, which rolls back to a savepoint."
     )
-
-
-def commit_was_sent(connection: Connection) -> bool:
-    """Whether COMMIT is, or was, under way in the running transaction of `connection`."""
-    return _COMMIT_SENT in connection.info
-
-
-def _forget(connection: Connection) -> None:
-    info = connection.info
-    for key in (_FIRST_ERROR, _ROLLED_BACK_BY, _COMMIT_SENT):
-        info.pop(key, None)
-
-
-def _forget_error(connection: Connection, name: str, context: None) -> None:
-    # Rolled back to a savepoint, an aborted transaction is healthy again. One that the server
-    # has ended is not: there is no savepoint left to go back to.
-    connection.info.pop(_FIRST_ERROR, None)
 
 
 _ASYNC_TWIN: dict[type[Pool], type[Pool]] = {QueuePool: AsyncAdaptedQueuePool}

@@ -1,0 +1,65 @@
+VENV ?= .venv
+# The first that is new enough and can make virtual environments.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c '$(SUITABLE)' 2>/dev/null && echo $$python && break; done)
+SUITABLE = import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
+
+.PHONY: demo
+demo: $(VENV)/.demo  ## serve examples/articles; PORT= and DATABASE_URL= choose where
+	@$(VENV)/bin/python -m examples.articles
+
+# $(VENV)/.x is there when the environment has the extra x of pyproject.toml.
+$(VENV)/.%: pyproject.toml
+	@'$(PYTHON)' -c '$(SUITABLE)' 2>/dev/null || { \
+		echo 'Python 3.11 or newer with venv is needed, and $(or $(PYTHON),python3) is not that.'; \
+		echo 'Install it (Debian: apt install python3-venv), or name it: make PYTHON=/path/to/python'; \
+		exit 1; } >&2
+	@test -x $(VENV)/bin/pip || '$(PYTHON)' -m venv $(VENV)
+	@echo 'Installing repom[$*] into $(VENV) ...'
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+.PHONY: test
+test: $(VENV)/.test,users  ## all tests; PostgreSQL and MariaDB where they are reachable
+	$(VENV)/bin/python -X dev -m pytest --cov $(ARGS)
+
+.PHONY: lint
+lint: $(VENV)/.test,users,lint  ## style and types
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+	$(VENV)/bin/pyright
+
+.PHONY: docs
+docs: $(VENV)/.docs  ## the documentation as HTML
+	$(VENV)/bin/sphinx-build --fail-on-warning --quiet docs docs/_build
+	@echo 'docs/_build/index.html'
+
+# Each combination has an environment of its own. FastAPI Users, the extra `users`, needs
+# SQLAlchemy 2.0.
+COMBINATIONS = 3.11-2.0 3.11-2.1 3.12-2.0 3.12-2.1 3.13-2.0 3.13-2.1
+.PHONY: test-all $(COMBINATIONS)
+test-all: $(COMBINATIONS)  ## every Python and SQLAlchemy that repom supports
+
+$(COMBINATIONS): version = $(firstword $(subst -, ,$@))
+$(COMBINATIONS): sqlalchemy = $(lastword $(subst -, ,$@))
+$(COMBINATIONS): environment = .venv-$@
+# Of the PATH, else one that pyenv has installed.
+$(COMBINATIONS): python = $(shell python$(version) -c 'import sys; print(sys.executable)' 2>/dev/null \
+	|| ls -d "$$(pyenv root 2>/dev/null)"/versions/$(version).*/bin/python 2>/dev/null | tail -n 1)
+$(COMBINATIONS):
+	@if test -z '$(python)'; then \
+		echo 'Python $(version) is not installed: $@ is left out'; \
+	else \
+		echo '== Python $(version), SQLAlchemy $(sqlalchemy)' && \
+		{ test -x $(environment)/bin/pip || '$(python)' -m venv $(environment); } && \
+		$(environment)/bin/python -m pip install --quiet --disable-pip-version-check \
+			--editable '.[test$(if $(filter 2.0,$(sqlalchemy)),$(comma)users)]' \
+			'sqlalchemy==$(sqlalchemy).*' && \
+		$(environment)/bin/python -X dev -m pytest --quiet $(ARGS); \
+	fi
+comma := ,
+
+.PHONY: help
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
