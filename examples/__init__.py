@@ -1,0 +1,1 @@
+"""Small applications that show repom at work, each in a package of its own."""
