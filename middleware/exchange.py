@@ -9,11 +9,23 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from enum import Enum
-from typing import Any
+from typing import NoReturn
+
+import anyio
 
 from repom import finish
-from repom.errors import CommitOutcomeUnknown
-from repom.middleware.policy import CommitOn, Message, Scope, completes_body, content_length
+from repom.errors import CommitOutcomeUnknown, ScopeClosedError, ScopeError
+from repom.middleware.policy import (
+    BEFORE_RESPONSE,
+    CommitOn,
+    Headers,
+    Message,
+    Scope,
+    body_bytes,
+    completes_body,
+    content_length,
+    has_no_body,
+)
 from repom.scope import SessionScope
 
 Receive = Callable[[], Awaitable[Message]]
@@ -29,6 +41,7 @@ class Progress(Enum):
     NOTHING = 0
     STARTED = 1
     COMPLETE = 2
+    OVER = 3  # the app has ended; what a task of it still sends is not sent
 
 
 class Exchange:
@@ -42,7 +55,6 @@ class Exchange:
     """
 
     __slots__ = (
-        "_answered",
         "_asgi_scope",
         "_body_bytes",
         "_commit",
@@ -51,6 +63,7 @@ class Exchange:
         "_headers",
         "_progress",
         "_send",
+        "_turn",
         "_unit",
     )
 
@@ -62,12 +75,14 @@ class Exchange:
         self._asgi_scope = asgi_scope
         self._send = send
         self._progress = Progress.NOTHING
+        # Made with the first message that has to wait for something.
+        self._turn: asyncio.Lock | None = None
+        # What the response said when it started.
         self._commit = False
-        self._headers: Any = ()
-        self._body_bytes = 0
-        # The error of the COMMIT that failed, and whether an inner layer has answered for it.
+        self._headers: Headers = ()
+        self._body_bytes: float = 0
+        # The error of the COMMIT that failed, until an error response has started.
         self._failure: Exception | None = None
-        self._answered = False
 
     async def run(self, app: ASGIApp, receive: Receive) -> None:
         """Run `app` in the unit of work, and end that in every case."""
@@ -77,64 +92,107 @@ class Exchange:
             try:
                 await app(self._asgi_scope, receive, self.send)
             except Exception as error:
-                if self._failure is None or self._answered:
+                if self._failure is None:
                     raise
                 # What leaves the app is often about what COMMIT's failure did to it
                 # ("response already started"). The failure itself counts.
                 logger.debug("%s left the app after its COMMIT had failed", type(error).__name__)
-            if self._failure is not None and not self._answered:
+            if self._failure is not None:
                 await self._render_failure(receive)
         except BaseException:
+            self._progress = Progress.OVER
             await finish.finish(unit, commit=False)
             raise
         else:
             # What was begun after the body: background tasks. An app that returns in
             # mid-response has told the client nothing.
-            await self._finish(commit=self._progress is Progress.COMPLETE)
+            complete = self._progress is Progress.COMPLETE
+            self._progress = Progress.OVER
+            await self._finish(commit=complete)
         finally:
             unit.leave()
+            # Its traceback leads back here. Without this the request would wait, with all that
+            # its frames hold, for the garbage collector.
+            self._failure = None
 
     async def send(self, message: Message) -> None:
         """The `send` of the app."""
-        if self._failure is not None and not self._answered:
-            self._answer_for_failure(message)
-        unit = self._unit
-        kind = message["type"]
-        if kind == "http.response.start":
-            self._begin_response(message)
-            if unit.has_work and not unit.has_open_cursor:
-                await self._end()
-            self._progress = Progress.STARTED
+        if self._turn is not None or self._unit.has_work:
+            # Tasks of one request may send at the same time, and COMMIT takes a while: the
+            # messages leave in the order in which they came.
+            if self._turn is None:
+                self._turn = asyncio.Lock()
+            async with self._turn:
+                await self._end_before(message)
         else:
-            self._body_bytes += len(message.get("body", b""))
-            if self._progress is Progress.STARTED and self._completes(message):
-                if unit.has_work:
-                    await self._end()
-                self._progress = Progress.COMPLETE
+            self._progress = self._reached_by(message)
         await self._send(message)
 
-    def _begin_response(self, message: Message) -> None:
-        status: int = message["status"]
-        self._commit = self._commit_on(status, self._asgi_scope)
-        self._headers = message.get("headers", ())
-
-    def _completes(self, message: Message) -> bool:
+    def _reached_by(self, message: Message) -> Progress:
+        """How far the response will have got; raise if the client must not have `message`."""
+        kind = message["type"]
+        if self._progress is Progress.OVER:
+            raise ScopeClosedError(
+                f"a task of {self._unit.label} sent {kind} after the application had returned.\n"
+                "What was not committed then has been rolled back. Await the tasks that respond."
+            )
+        if self._failure is not None and not self._may_follow_failure(message):
+            raise self._failure
+        if kind == "http.response.start":
+            if self._progress is not Progress.NOTHING:
+                raise ScopeError(
+                    f"{self._unit.label} started a second response. The transaction has ended as "
+                    "the first one said, which the second could not change.\n"
+                    "Send one http.response.start for each request."
+                )
+            self._commit = self._commit_on(message["status"], self._asgi_scope)
+            self._headers = message.get("headers", ())
+            if not isinstance(self._headers, (list, tuple)):  # an iterator is read only once
+                self._headers = message["headers"] = list(self._headers)
+            return Progress.STARTED
+        if self._progress is Progress.NOTHING:
+            return Progress.NOTHING
+        self._body_bytes += body_bytes(message)
         # Nearly always it is the last chunk, and the headers need not be read.
         announced = content_length(self._headers) if message.get("more_body") else None
-        return completes_body(message, self._body_bytes, announced)
+        completes = completes_body(message, self._body_bytes, announced)
+        return Progress.COMPLETE if completes else self._progress
 
     # --- ending
+
+    async def _end_before(self, message: Message) -> None:
+        """End the open transaction if `message` may leave only after that."""
+        reached = self._reached_by(message)
+        starts = self._progress is Progress.NOTHING and reached is Progress.STARTED
+        if reached is Progress.COMPLETE or (starts and not self._streams(message)):
+            try:
+                await self._end()
+            except asyncio.CancelledError:
+                if self._failure is None:
+                    # It has ended as this message says. An answer that somebody else gives for
+                    # the cancelled request, such as a 504, would be a lie from now on.
+                    self._progress = reached
+                    with anyio.move_on_after(self._unit.end_timeout, shield=True):
+                        await self._send(message)
+                raise
+        if starts:
+            self._failure = None  # if there was one, this is the answer to it
+        self._progress = reached
+
+    def _streams(self, start: Message) -> bool:
+        """Whether the body is going to be read from an open cursor."""
+        # A response to HEAD has no body either, but apps produce the one they do not send, and
+        # HEAD promises to change nothing.
+        return self._unit.has_open_cursor and not has_no_body(start["status"], self._headers)
 
     async def _end(self) -> None:
         """End the open transaction as the response decides; a failed COMMIT is remembered."""
         unit = self._unit
-        if unit.is_rollback_only:
-            if self._commit and unit.in_transaction:
-                logger.info("%s was rolled back: rollback_only() was called", unit.label)
-            await finish.end(unit, commit=False)
-            return
+        commit = self._commit and not unit.is_rollback_only
+        if self._commit and not commit and unit.in_transaction:
+            logger.info("%s was rolled back: rollback_only() was called", unit.label)
         try:
-            await finish.end(unit, commit=self._commit)
+            await finish.end(unit, commit=commit)
         except Exception as error:
             self._fail(error)
             raise
@@ -163,23 +221,16 @@ class Exchange:
 
     # --- after a COMMIT that failed
 
-    def _answer_for_failure(self, message: Message) -> None:
-        """Let an inner layer answer with an error; raise the failure for all else."""
-        assert self._failure is not None
-        if (
-            self._progress is Progress.NOTHING
-            and message["type"] == "http.response.start"
-            and message["status"] >= 400
-        ):
-            self._answered = True
-            self._body_bytes = 0
-        else:
-            raise self._failure
+    def _may_follow_failure(self, message: Message) -> bool:
+        """Whether an inner layer is answering with an error; nothing else is let through."""
+        if self._progress is not Progress.NOTHING:
+            return False
+        if message["type"] == "http.response.start":
+            return bool(message["status"] >= 400)
+        return message["type"] in BEFORE_RESPONSE
 
     async def _render_failure(self, receive: Receive) -> None:
         """Give the failure to the app's own exception handler, or raise it."""
-        failure = self._failure
-        assert failure is not None
         if (
             self._progress is Progress.NOTHING
             and "starlette.exception_handlers" in self._asgi_scope
@@ -187,12 +238,11 @@ class Exchange:
             from repom.middleware.starlette import handle
 
             # Not yet answered: `send` still refuses everything but an error status.
-            try:
-                await handle(failure, self._asgi_scope, receive, self.send)
-            except Exception as error:
-                if error is not failure and error.__context__ is None:
-                    error.__context__ = failure
-                raise
-            if self._answered:
-                return
-        raise failure
+            await handle(self._raise_failure, self._asgi_scope, receive, self.send)
+        if self._failure is not None:
+            raise self._failure
+
+    async def _raise_failure(self, asgi_scope: Scope, receive: Receive, send: Send) -> NoReturn:
+        """As an ASGI app: raise what COMMIT raised."""
+        assert self._failure is not None
+        raise self._failure

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from repom.errors import ConfigurationError
 from repom.middleware.exchange import ASGIApp, Receive, Send
 from repom.middleware.policy import Message, Scope
-from repom.registry import Databases, configured_so_far
+from repom.registry import DEFAULT, Databases, configured_so_far
 
 logger = logging.getLogger("repom.middleware")
 
@@ -15,24 +14,7 @@ logger = logging.getLogger("repom.middleware")
 async def run_lifespan(
     app: ASGIApp, databases: Databases, asgi_scope: Scope, receive: Receive, send: Send
 ) -> None:
-    """Let the app start and stop; check the databases before, and dispose of them after it.
-
-    What is wrong with the configuration is known now, so it stops the start: said by
-    `lifespan.startup.failed`, since servers take an exception for an app without lifespan.
-    """
-    started = False
-
-    async def checking_receive() -> Message:
-        nonlocal started
-        message = await receive()
-        if message["type"] == "lifespan.startup" and not started:
-            started = True
-            try:
-                check(databases)
-            except ConfigurationError as error:
-                await send({"type": "lifespan.startup.failed", "message": str(error)})
-                raise
-        return message
+    """Let the app start and stop, and dispose of the databases after it."""
 
     async def disposing_send(message: Message) -> None:
         if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
@@ -40,14 +22,23 @@ async def run_lifespan(
         await send(message)
 
     try:
-        await app(asgi_scope, checking_receive, disposing_send)
+        await app(asgi_scope, receive, disposing_send)
     finally:
         await dispose(databases)  # again costs nothing, and an app may have raised
 
 
+async def refuse_to_start(error: Exception, receive: Receive, send: Send) -> None:
+    """Tell the server that the application cannot start.
+
+    Said by a message, since servers take an exception for an app without lifespan.
+    """
+    await receive()
+    await send({"type": "lifespan.startup.failed", "message": f"{type(error).__name__}: {error}"})
+
+
 def check(databases: Databases) -> None:
     """Raise what the first request would: unusable URL, missing driver, unwritable file."""
-    for _, database in databases.items() or [("default", databases["default"])]:
+    for _, database in databases.items() or [(DEFAULT, databases[DEFAULT])]:
         database.check()
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
 from typing import get_args
 
 from sqlalchemy import URL
@@ -15,7 +16,7 @@ from repom.database import BeginOptions, Database
 from repom.errors import ConfigurationError
 from repom.managed import InnerCommits
 from repom.middleware.exchange import ASGIApp, Exchange, Receive, Send
-from repom.middleware.lifespan import run_lifespan
+from repom.middleware.lifespan import check, refuse_to_start, run_lifespan
 from repom.middleware.policy import (
     SAFE_METHODS,
     CommitOn,
@@ -23,12 +24,10 @@ from repom.middleware.policy import (
     Scope,
     commits_on_success,
 )
-from repom.registry import as_databases
+from repom.registry import Databases, as_databases
 from repom.scope import END_TIMEOUT, SessionScope
 
-logger = logging.getLogger("repom.middleware")
-
-#: Where the outermost middleware of a request leaves its unit of work for those inside it.
+#: Where the outermost middleware of a connection says to those inside it that it is there.
 SCOPE_KEY = "repom.scope"
 
 _SAFE = BeginOptions("DEFERRED")
@@ -42,6 +41,9 @@ class DatabaseSessionMiddleware:
     it tells of an error, or if an exception leaves the app. A COMMIT that fails turns the
     response into an error. A request that asks for no session costs no connection.
 
+    What is wrong with the databases or the configuration stops the application from starting,
+    where the server runs its lifespan, and fails every request otherwise.
+
     Args:
         app: the ASGI application.
         database: None for the configured default; a `Database`; a URL; the name of a
@@ -52,7 +54,6 @@ class DatabaseSessionMiddleware:
         end_timeout: seconds that COMMIT or ROLLBACK may take before the connection is closed.
 
     Raises:
-        DatabaseURLError: a URL cannot be parsed.
         ValueError: `inner_commits` is none of the three words.
 
     Example:
@@ -78,11 +79,68 @@ class DatabaseSessionMiddleware:
                 f"inner_commits={inner_commits!r}: write one of {', '.join(get_args(InnerCommits))}"
             )
         self.app = app
-        self.databases = as_databases(database)
         self.commit_on = commit_on
-        self.inner_commits = inner_commits
+        self.inner_commits: InnerCommits = inner_commits
         self.end_timeout = end_timeout
-        self._websocket = Outside(
+        self._given = database
+
+    @cached_property
+    def databases(self) -> Databases:
+        """What the requests find by `current_session(name)`.
+
+        Not made by `__init__`: frameworks call that when the lifespan or a request is there
+        already, and servers take what it raises for an app without lifespan.
+
+        Raises:
+            ConfigurationError: what was given, or what is configured, cannot be used.
+        """
+        return as_databases(self._given)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        kind = scope["type"]
+        if kind == "lifespan":
+            await self._live(scope, receive, send)
+        elif kind not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+        elif SCOPE_KEY in scope:
+            self._check_joined(scope[SCOPE_KEY].databases)
+            await self.app(scope, receive, send)
+        else:
+            try:
+                if kind == "http":
+                    await self._serve(scope, receive, send)
+                else:
+                    scope[SCOPE_KEY] = self._websocket
+                    with _at(self._websocket):
+                        await self.app(scope, receive, send)
+            finally:
+                # What is served with this dict next, by a layer that tries again, is another
+                # unit of work.
+                scope.pop(SCOPE_KEY, None)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        unit = SessionScope(
+            self.databases,
+            label=Label(scope),
+            begin=_SAFE if scope["method"] in SAFE_METHODS else _UNSAFE,
+            inner_commits=self.inner_commits,
+            end_timeout=self.end_timeout,
+        )
+        scope[SCOPE_KEY] = unit
+        await Exchange(unit, self.commit_on, scope, send).run(self.app, receive)
+
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            check(self.databases)
+        except Exception as error:
+            await refuse_to_start(error, receive, send)
+            raise
+        with _at(self._lifespan):
+            await run_lifespan(self.app, self.databases, scope, receive, send)
+
+    @cached_property
+    def _websocket(self) -> Outside:
+        return Outside(
             self.databases,
             place="a WebSocket connection, which can live for hours and is not one transaction",
             advice=(
@@ -90,52 +148,31 @@ class DatabaseSessionMiddleware:
                 " and answer after the block."
             ),
         )
-        self._lifespan = Outside(
+
+    @cached_property
+    def _lifespan(self) -> Outside:
+        return Outside(
             self.databases,
             place="the start or the end of the application, where no request is served",
             advice="Open a unit of work: `async with session_scope() as session:`.",
         )
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        kind = scope["type"]
-        if kind == "http":
-            if SCOPE_KEY in scope:
-                self._check_joined(scope[SCOPE_KEY])
-                await self.app(scope, receive, send)
-                return
-            unit = SessionScope(
-                self.databases,
-                label=Label(scope),
-                begin=_SAFE if scope["method"] in SAFE_METHODS else _UNSAFE,
-                inner_commits=self.inner_commits,
-                end_timeout=self.end_timeout,
-            )
-            scope[SCOPE_KEY] = unit
-            await Exchange(unit, self.commit_on, scope, send).run(self.app, receive)
-        elif kind == "websocket":
-            await self._outside(self._websocket, scope, receive, send)
-        elif kind == "lifespan":
-            token = surroundings.set(self._lifespan)
-            try:
-                await run_lifespan(self.app, self.databases, scope, receive, send)
-            finally:
-                surroundings.reset(token)
-        else:
-            await self.app(scope, receive, send)
-
-    async def _outside(self, place: Outside, scope: Scope, receive: Receive, send: Send) -> None:
-        token = surroundings.set(place)
-        try:
-            await self.app(scope, receive, send)
-        finally:
-            surroundings.reset(token)
-
-    def _check_joined(self, outer: SessionScope) -> None:
+    def _check_joined(self, outer: Databases) -> None:
         """A mounted app's own middleware joins the outer one, and ends nothing."""
         for name, database in self.databases.items():
-            if outer.databases[name] is not database:
+            if outer[name] is not database:
                 raise ConfigurationError(
                     f"two DatabaseSessionMiddlewares disagree on database {name!r}: the outer one "
-                    f"has {outer.databases[name]!r}, the one inside it {database!r}.\n"
+                    f"has {outer[name]!r}, the one inside it {database!r}.\n"
                     "Give the two databases different names, or both middlewares the same Database."
                 )
+
+
+@contextmanager
+def _at(place: Outside) -> Iterator[None]:
+    """What runs in the block finds itself at `place`."""
+    token = surroundings.set(place)
+    try:
+        yield
+    finally:
+        surroundings.reset(token)

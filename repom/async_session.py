@@ -35,11 +35,12 @@ async def get_async_session(database: str | Database | None = None) -> AsyncSess
         database: a name, or the `Database`; the default one if left out.
 
     Example:
-        >>> session = await get_async_session()
-        >>> try:
-        ...     user = await session.get(User, 1)
-        ... finally:
-        ...     await session.close()
+        >>> async def find(user_id: int) -> User | None:
+        ...     session = await get_async_session()
+        ...     try:
+        ...         return await session.get(User, user_id)
+        ...     finally:
+        ...         await session.close()
     """
     deferred.raise_failure()
     await deferred.settled()
@@ -81,9 +82,11 @@ class _AsyncUnit:
             return scope.session(DEFAULT if self._database is None else self._database)
         if isinstance(surroundings.get(), Outside):
             _warn_of_long_session()
-        self._owned = new_scope(self._database, label="get_async_db_session()")
-        self._owned.enter()
-        return self._owned.session()
+        scope = new_scope(self._database, label="get_async_db_session()")
+        session = scope.session()
+        scope.enter()  # last, so that nothing is left open by what may fail
+        self._owned = scope
+        return session
 
     async def end(self, error: BaseException | None, /) -> None:
         scope = self._owned
@@ -99,7 +102,7 @@ class _AsyncUnit:
             scope.leave()
             deferred.end_later(
                 finish.finish(scope, commit=commit and not scope.is_rollback_only),
-                limit=scope.end_timeout,
+                limit=2 * scope.end_timeout,  # the end, and as long again for its callbacks
                 label="get_async_db_session()",
             )
 

@@ -52,19 +52,27 @@ class Callbacks:
     def savepoint_rolled_back(self, savepoint: SessionTransaction) -> None:
         """The work since this savepoint has been undone, with that of savepoints inside it."""
         self._on_commit = [r for r in self._on_commit if not _inside(r.savepoint, savepoint)]
-        undone = [r for r in self._on_rollback if _inside(r.savepoint, savepoint)]
-        self._on_rollback = [r for r in self._on_rollback if r not in undone]
-        self._due += [registered.callback for registered in undone]
+        registered, self._on_rollback = self._on_rollback, []
+        for each in registered:
+            if _inside(each.savepoint, savepoint):
+                self._due.append(each.callback)
+            else:
+                self._on_rollback.append(each)
 
     def next_due(self) -> Callback | None:
         """The next callback to run now; each is given out once."""
         return self._due.popleft() if self._due else None
 
-    def drop(self) -> int:
-        """Forget all of them; how many there were."""
-        count = len(self._due) + len(self._on_commit) + len(self._on_rollback)
-        self._due.clear()
+    def forget(self) -> int:
+        """Forget those of a transaction whose outcome is not known; how many there were."""
+        count = len(self._on_commit) + len(self._on_rollback)
         self._clear()
+        return count
+
+    def drop(self) -> int:
+        """Forget all of them, those that are due too; how many there were."""
+        count = self.forget() + len(self._due)
+        self._due.clear()
         return count
 
     def _clear(self) -> None:
@@ -75,15 +83,6 @@ class Callbacks:
     def is_empty(self) -> bool:
         """Whether nothing is registered or due."""
         return not (self._due or self._on_commit or self._on_rollback)
-
-
-def after_soft_rollback(session: Any, transaction: SessionTransaction) -> None:
-    """SQLAlchemy's event of that name: a transaction or a savepoint was rolled back."""
-    callbacks: Callbacks = session.repom_callbacks
-    if transaction.nested:
-        callbacks.savepoint_rolled_back(transaction)
-    elif transaction.parent is None:
-        callbacks.rolled_back()
 
 
 def _inside(savepoint: SessionTransaction | None, outer: SessionTransaction) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sqlite3
 import threading
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -14,15 +14,14 @@ from sqlalchemy import URL, Engine, MetaData, create_engine, orm
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
-    async_sessionmaker,
     create_async_engine,
 )
 from sqlalchemy.orm import Session
 
 from repom.config import RepomConfig, get_config
 from repom.dialects import Begin, Support, support_for
-from repom.dialects.sqlite import BEGIN_OPTION, private_memory
-from repom.loops import LoopEngines
+from repom.dialects.sqlite import immediate_engine, is_sqlite, private_memory
+from repom.loops import LoopEngines, close_returned
 from repom.urls import parse_url, require_driver, safe, to_async, to_sync
 
 #: Laid under every `session_kwargs`.
@@ -88,8 +87,12 @@ class Database:
         self.sync_session_class = sync_session_class
         self.sqlite_begin = sqlite_begin
         self.pgbouncer = pgbouncer
-        self.is_sqlite = self.url.get_backend_name() == "sqlite"
-        self._async_engines = LoopEngines(self.new_async_engine, safe(self.url))
+        self.is_sqlite = is_sqlite(self.url)
+        self._async_engines = LoopEngines(
+            self.new_async_engine,
+            lambda connection: self._async_support().abandon(connection),
+            safe(self.url),
+        )
         self._sync_engine: Engine | None = None
         self._sync_variants: dict[BeginOptions, Engine] = {}
         self._mutex = threading.RLock()
@@ -143,7 +146,9 @@ class Database:
         here = self._async_engines.here()
         bind = here.variants.get(options)
         if bind is None:
-            bind = here.engine.execution_options(**self._execution_options(options))
+            sync_engine = here.engine.sync_engine
+            variant = self._variant(sync_engine, options)
+            bind = here.engine if variant is sync_engine else AsyncEngine(variant)
             here.variants[options] = bind
         return bind
 
@@ -151,7 +156,7 @@ class Database:
         """The sync engine, for sessions whose transactions begin as `options` say."""
         bind = self._sync_variants.get(options)
         if bind is None:
-            bind = self.engine.execution_options(**self._execution_options(options))
+            bind = self._variant(self.engine, options)
             self._sync_variants[options] = bind
         return bind
 
@@ -215,6 +220,7 @@ class Database:
             self._sync_variants.clear()
             self.__dict__.pop("sync_sessionmaker", None)
         if engine is not None:
+            close_returned(engine)
             engine.dispose()
 
     # --- making engines
@@ -237,13 +243,13 @@ class Database:
         support.install(engine)
         return engine
 
-    def _execution_options(self, options: BeginOptions) -> dict[str, Any]:
-        execution_options: dict[str, Any] = {}
+    def _variant(self, engine: Engine, options: BeginOptions) -> Engine:
+        """`engine`, or one with the same pool whose transactions begin as `options` say."""
         if options.isolation_level is not None:
-            execution_options["isolation_level"] = options.isolation_level
-        if self.is_sqlite:
-            execution_options[BEGIN_OPTION] = self.sqlite_begin or options.sqlite_begin
-        return execution_options
+            engine = engine.execution_options(isolation_level=options.isolation_level)
+        if self.is_sqlite and self.sqlite_begin is None and options.sqlite_begin == "IMMEDIATE":
+            engine = immediate_engine(engine)
+        return engine
 
     @cached_property
     def _memory_safe_url(self) -> URL:
@@ -286,14 +292,12 @@ class LoopSessionmaker:
 
     def __call__(self, **kwargs: Any) -> AsyncSession:
         """A new `AsyncSession`; `kwargs` as for `async_sessionmaker`."""
-        return self._maker()(**kwargs)
-
-    def begin(self) -> AbstractAsyncContextManager[AsyncSession]:
-        """As `async_sessionmaker.begin`: a session and a transaction that commits."""
-        return self._maker().begin()
-
-    def _maker(self) -> async_sessionmaker[AsyncSession]:
         database = self._database
-        return async_sessionmaker(
-            database.async_engine, class_=database.session_class, **database.session_kwargs
-        )
+        kwargs = {"bind": database.async_engine, **database.session_kwargs, **kwargs}
+        return database.session_class(**kwargs)
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[AsyncSession]:
+        """As `async_sessionmaker.begin`: a session and a transaction that commits."""
+        async with self() as session, session.begin():
+            yield session

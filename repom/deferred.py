@@ -13,7 +13,7 @@ from collections.abc import Coroutine
 from contextvars import ContextVar
 from typing import Any
 
-from repom.shield import EndingTask
+from repom.shield import EndingTask, Guard
 
 logger = logging.getLogger("repom")
 
@@ -22,20 +22,39 @@ pending: dict[asyncio.AbstractEventLoop, set[EndingTask[None]]] = {}
 
 _failures: ContextVar[list[BaseException] | None] = ContextVar("repom_failures", default=None)
 
+#: Whether this code is part of such an ending: a callback, which must not wait for itself.
+_in_ending: ContextVar[bool] = ContextVar("repom_in_deferred_ending", default=False)
+
 
 def end_later(ending: Coroutine[Any, Any, None], *, limit: float, label: str) -> None:
-    """Run `ending` on the running loop without anybody waiting for it."""
-    loop = asyncio.get_running_loop()
+    """Run `ending` on the running loop without anybody waiting for it.
+
+    Args:
+        ending: ends one unit of work.
+        limit: seconds it may take.
+        label: what the unit of work is, for logs.
+    """
+    loop = asyncio._get_running_loop()
+    if loop is None:
+        ending.close()
+        logger.error(
+            "%s was not ended: it was left when its event loop was running no more. Its work "
+            "is rolled back with its connection. Let tasks end before the loop does, as "
+            "asyncio.run() does.",
+            label,
+        )
+        return
     failures = _failures_here()
-    task = EndingTask(ending, loop=loop, limit=limit)
+    task = EndingTask(_end(ending), loop=loop, limit=limit)
+    Guard(task, name=f"repom: end of {label}")
     tasks = pending.setdefault(loop, set())
     tasks.add(task)
 
-    def done(task: Any) -> None:
+    def done(task: EndingTask[None]) -> None:
         tasks.discard(task)
         if not tasks:
             pending.pop(loop, None)
-        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        error = _error_of(task)
         if error is not None:
             failures.append(error)
             log_failure(label, error)
@@ -46,10 +65,23 @@ def end_later(ending: Coroutine[Any, Any, None], *, limit: float, label: str) ->
     task.add_done_callback(done)
 
 
+async def _end(ending: Coroutine[Any, Any, None]) -> None:
+    _in_ending.set(True)
+    await ending
+
+
+def _error_of(task: EndingTask[None]) -> BaseException | None:
+    try:
+        return task.exception()
+    except asyncio.CancelledError as cancelled:
+        # By its time limit. If that was in the middle of COMMIT, the cause says it.
+        return cancelled.__cause__ or cancelled
+
+
 async def settled() -> None:
     """Wait for the endings under way on the running loop; their failures are not raised here."""
     tasks = pending.get(asyncio.get_running_loop())
-    if tasks:
+    if tasks and not _in_ending.get():
         await asyncio.wait(tuple(tasks))
 
 

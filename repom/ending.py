@@ -10,7 +10,7 @@ import logging
 from collections.abc import Generator, Sequence
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
-from repom.errors import PartialCommitError
+from repom.errors import CommitOutcomeUnknown, PartialCommitError
 
 logger = logging.getLogger("repom")
 
@@ -48,18 +48,23 @@ def commit_steps(parties: Sequence[Party]) -> Steps:
     """
     committed: list[Party] = []
     try:
-        # With several databases, what can fail is made to fail before the first COMMIT.
-        if len(parties) > 1:
-            for party in parties:
-                yield Step(party, "flush")
+        # What can fail is made to fail before the first COMMIT, and a time limit that is over
+        # before COMMIT leaves no doubt about the outcome.
+        for party in parties:
+            yield Step(party, "flush")
         for party in parties:
             yield Step(party, "commit")
             committed.append(party)
+    except GeneratorExit:
+        raise  # the event loop is gone, and with it whoever could do another step
     except BaseException as error:
-        remaining = [party for party in parties if party not in committed]
+        remaining = parties[len(committed) :]
         yield from rollback_steps(remaining)
         if committed:
-            raise _partial(committed, remaining) from error
+            partial = _partial(committed, remaining, error)
+            if isinstance(error, Exception):
+                raise partial from error
+            error.add_note(str(partial))  # Ctrl-C stays what it is
         raise
 
 
@@ -89,13 +94,18 @@ def close_steps(parties: Sequence[Party]) -> Steps:
             logger.warning("closing the session of %r failed", party.name, exc_info=True)
 
 
-def _partial(committed: list[Party], remaining: list[Party]) -> PartialCommitError:
+def _partial(
+    committed: Sequence[Party], remaining: Sequence[Party], error: BaseException
+) -> PartialCommitError:
     failed, *rolled_back = [party.name for party in remaining]
     done = [party.name for party in committed]
+    how = "its COMMIT failed"
+    if isinstance(error, CommitOutcomeUnknown):
+        how = "whether its COMMIT succeeded is not known"
     return PartialCommitError(
-        f"committed on {', '.join(done)}, but not on {failed}: its COMMIT failed"
+        f"committed on {', '.join(done)}, but not on {failed}: {how}"
         + (f"; rolled back on {', '.join(rolled_back)}" if rolled_back else "")
-        + ".\nThe databases now disagree; the COMMIT error is the __cause__.",
+        + ".\nThe databases may now disagree; the COMMIT error is the __cause__.",
         committed=done,
         failed=failed,
         rolled_back=rolled_back,

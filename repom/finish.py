@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 from collections.abc import Awaitable
@@ -11,8 +12,8 @@ from asgiref.sync import async_to_sync
 
 from repom.callbacks import Callback
 from repom.ending import Steps, close_steps, commit_steps, rollback_steps
-from repom.errors import CommitOutcomeUnknown, PartialCommitError
-from repom.participant import perform, perform_sync
+from repom.errors import CommitOutcomeUnknown, PartialCommitError, ScopeError
+from repom.participant import Participant, perform, perform_sync
 from repom.shield import run_to_end
 
 if TYPE_CHECKING:
@@ -48,12 +49,13 @@ async def finish(scope: SessionScope, *, commit: bool) -> None:
     try:
         await end(scope, commit=commit)
     finally:
-        scope.refuse_work()
-        # A sibling that was let in before may have begun something since.
-        busy = [p for p in scope.participants if not p.is_quiet]
-        if busy:
-            await run_to_end(_close(scope, busy), limit=scope.end_timeout)
-        _closed(scope)
+        try:
+            # A sibling that was let in before may have begun something since.
+            busy = [p for p in scope.participants if not p.is_quiet]
+            if busy:
+                await run_to_end(_close(busy), limit=scope.end_timeout)
+        finally:
+            _closed(scope)
 
 
 def end_sync(scope: SessionScope, *, commit: bool) -> None:
@@ -72,10 +74,11 @@ def finish_sync(scope: SessionScope, *, commit: bool) -> None:
     try:
         end_sync(scope, commit=commit)
     finally:
-        scope.refuse_work()
-        busy = [p for p in scope.participants if not p.is_quiet]
-        perform_sync(_closing_steps(busy))
-        _closed(scope)
+        try:
+            busy = [p for p in scope.participants if not p.is_quiet]
+            perform_sync(_closing_steps(busy))
+        finally:
+            _closed(scope)
 
 
 # --- transactions
@@ -121,22 +124,22 @@ def _settle(scope: SessionScope, commit: bool) -> None:
 
 def _settle_failed(scope: SessionScope, error: BaseException) -> None:
     if isinstance(error, (CommitOutcomeUnknown, PartialCommitError)):
-        dropped = scope.callbacks.drop()
-        if dropped:
+        not_run = scope.callbacks.forget()
+        if not_run:
             logger.warning(
                 "%d callback(s) of %s were not run: whether it was committed is not known",
-                dropped,
+                not_run,
                 scope.label,
             )
     else:
         scope.callbacks.rolled_back()
 
 
-async def _close(scope: SessionScope, busy: list[Any]) -> None:
+async def _close(busy: list[Participant]) -> None:
     await perform(_closing_steps(busy))
 
 
-def _closing_steps(busy: list[Any]) -> Steps:
+def _closing_steps(busy: list[Participant]) -> Steps:
     yield from rollback_steps([p for p in busy if p.in_transaction])
     yield from close_steps(busy)
 
@@ -159,37 +162,70 @@ def _closed(scope: SessionScope) -> None:
 
 
 async def _run_callbacks(scope: SessionScope) -> None:
-    """Run what is due, and end after each what it began.
+    """Run what is due, each in a unit of work of its own.
 
     A callback that fails is logged: what it was waiting for has happened all the same.
     """
     while callback := scope.callbacks.next_due():
-        with scope.open_for_callbacks():
-            try:
-                result = callback()
-                if inspect.isawaitable(result):
-                    await result
-                await _end_transactions(scope, True)
-            except Exception:
-                _log_failed(scope, callback)
-                await _end_transactions(scope, False)
+        try:
+            await _call(scope.for_callback(), callback)
+        except Exception:
+            _log_failed(scope, callback)
+
+
+async def _call(unit: SessionScope, callback: Callback) -> None:
+    unit.enter()
+    try:
+        try:
+            result = callback()
+            if inspect.isawaitable(result):
+                await result
+        except BaseException:
+            await finish(unit, commit=False)
+            raise
+        await finish(unit, commit=not unit.is_rollback_only)
+    finally:
+        unit.leave()
 
 
 def _run_callbacks_sync(scope: SessionScope) -> None:
     while callback := scope.callbacks.next_due():
-        with scope.open_for_callbacks():
-            try:
-                result = callback()
-                if inspect.isawaitable(result):
-                    async_to_sync(_awaited)(result)
-                _end_transactions_sync(scope, True)
-            except Exception:
-                _log_failed(scope, callback)
-                _end_transactions_sync(scope, False)
+        try:
+            result = _call_sync(scope.for_callback(is_sync=True), callback)
+            if inspect.isawaitable(result):
+                _refuse_in_event_loop(result)
+                async_to_sync(_await)(scope.for_callback(), result)
+        except Exception:
+            _log_failed(scope, callback)
 
 
-async def _awaited(result: Awaitable[Any]) -> None:
-    await result
+async def _await(unit: SessionScope, result: Awaitable[Any]) -> None:
+    await _call(unit, lambda: result)
+
+
+def _call_sync(unit: SessionScope, callback: Callback) -> Any:
+    unit.enter()
+    try:
+        try:
+            result = callback()
+        except BaseException:
+            finish_sync(unit, commit=False)
+            raise
+        finish_sync(unit, commit=not unit.is_rollback_only)
+        return result
+    finally:
+        unit.leave()
+
+
+def _refuse_in_event_loop(result: Awaitable[Any]) -> None:
+    if asyncio._get_running_loop() is not None:
+        if inspect.iscoroutine(result):
+            result.close()
+        raise ScopeError(
+            "an async callback cannot be awaited here: the unit of work was ended by sync code "
+            "in the thread of an event loop.\n"
+            "Use `async with session_scope()` in async code, or register a sync callback."
+        )
 
 
 def _log_failed(scope: SessionScope, callback: Callback) -> None:

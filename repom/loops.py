@@ -15,8 +15,9 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 from weakref import WeakSet
 
-from sqlalchemy import event
+from sqlalchemy import Engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import ConnectionPoolEntry
 
 logger = logging.getLogger("repom")
 
@@ -29,27 +30,21 @@ class LoopEngine:
         self.guard = guard
         #: The same engine with execution options, by these options.
         self.variants: dict[Any, AsyncEngine] = {}
-        self._records: WeakSet[Any] = WeakSet()
+        self._records: WeakSet[ConnectionPoolEntry] = WeakSet()
         event.listen(engine.sync_engine, "connect", self._connected)
 
-    def _connected(self, dbapi_connection: Any, record: Any) -> None:
+    def _connected(self, dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
         self._records.add(record)
 
-    def terminate(self) -> int:
-        """Drop the connections of a loop that is closed, without asking their servers.
+    async def dispose(self) -> None:
+        """Close the connections: those in the pool now, the others when they come back."""
+        close_returned(self.engine.sync_engine)
+        await self.engine.dispose()
 
-        Returns:
-            How many there were.
-        """
-        connections = [record.dbapi_connection for record in self._records]
-        connections = [connection for connection in connections if connection is not None]
-        self.engine.sync_engine.pool = self.engine.sync_engine.pool.recreate()
-        for connection in connections:
-            try:
-                connection.terminate()
-            except RuntimeError:  # "Event loop is closed": the transport has nowhere to report
-                logger.debug("terminating a connection of a closed loop", exc_info=True)
-        return len(connections)
+    def driver_connections(self) -> list[Any]:
+        """The connections that are open, in the pool or out of it."""
+        found = [record.driver_connection for record in self._records]
+        return [connection for connection in found if connection is not None]
 
 
 class LoopEngines:
@@ -57,11 +52,15 @@ class LoopEngines:
 
     Args:
         create: makes an engine.
+        abandon: closes a driver's connection without its loop.
         name: the database's URL without its password, for messages.
     """
 
-    def __init__(self, create: Callable[[], AsyncEngine], name: str) -> None:
+    def __init__(
+        self, create: Callable[[], AsyncEngine], abandon: Callable[[Any], None], name: str
+    ) -> None:
         self._create = create
+        self._abandon = abandon
         self._name = name
         self._engines: dict[asyncio.AbstractEventLoop, LoopEngine] = {}
         self._mutex = threading.Lock()
@@ -95,22 +94,55 @@ class LoopEngines:
         finally:
             with self._mutex:
                 found = self._engines.pop(loop)
-            await found.engine.dispose()
+            await found.dispose()
 
     def _bury_closed_loops(self) -> None:
         with self._mutex:
             closed = [loop for loop in self._engines if loop.is_closed()]
-            dead = [self._engines.pop(loop) for loop in closed]
-        for engine in dead:
-            count = engine.terminate()
-            if count:
+            dead = [(loop, self._engines.pop(loop)) for loop in closed]
+        for loop, engine in dead:
+            _let_transports_close(loop)
+            connections = engine.driver_connections()
+            for connection in connections:
+                try:
+                    self._abandon(connection)
+                except RuntimeError:  # of uvloop, which has closed the socket with the loop
+                    logger.debug("a connection of a closed loop is closed", exc_info=True)
+            if connections:
                 logger.warning(
                     "%d connection(s) to %s were left open by an event loop that was closed "
                     "without shutting down its async generators. They were terminated. Run the "
                     "loop with asyncio.run(), or `await database.dispose()` before closing it.",
-                    count,
+                    len(connections),
                     self._name,
                 )
+
+
+def close_returned(engine: Engine) -> None:
+    """Close every connection that comes back to the pool of an engine that is disposed of.
+
+    SQLAlchemy would keep it in that pool, which nobody will ever ask again.
+    """
+    event.listen(engine.pool, "checkin", _close)
+
+
+def _close(dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
+    record.invalidate()
+
+
+def _let_transports_close(loop: asyncio.AbstractEventLoop) -> None:
+    """Let a transport of the closed `loop` take its last step, which closes its socket.
+
+    It asks the loop for that, and asyncio's refuses once it is closed.
+    """
+
+    def call_soon(callback: Any, *args: Any, context: Any = None) -> asyncio.Handle:
+        # Nothing else: tasks that were waiting for the connection stay as the loop left them.
+        if isinstance(getattr(callback, "__self__", None), asyncio.BaseTransport):
+            callback(*args)
+        return asyncio.Handle(callback, args, loop)
+
+    loop.call_soon = call_soon  # type: ignore[assignment,method-assign]
 
 
 def _start(generator: AsyncGenerator[None, None]) -> None:

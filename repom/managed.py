@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import weakref
+import logging
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
 from sqlalchemy import event
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import await_only
+from sqlalchemy.util.concurrency import in_greenlet
 
 from repom import deferred
-from repom.callbacks import Callbacks, after_soft_rollback
+from repom.callbacks import Callbacks
 from repom.context import surroundings
-from repom.errors import InnerCommitError
-from repom.gate import Gate
+from repom.errors import ConcurrentSessionUse, InnerCommitError, TransactionError
+from repom.gate import Gate, scope_closed
+
+logger = logging.getLogger("repom")
 
 InnerCommits = Literal["defer", "allow", "forbid"]
 
@@ -54,17 +58,24 @@ class Managed:
     Attributes:
         repom_gate: set by the scope.
         repom_inner_commits: what `commit()` by others means.
-        repom_callbacks: told of savepoints that were rolled back, and of inner commits.
+        repom_callbacks: told of the ends that the owner has not asked for: of savepoints, and
+            of the transaction by `rollback()` and inner commits.
         repom_cursors: the results of `session.stream()` that may still be read.
+        repom_committed: the transaction or savepoint that is about to end, if by a commit.
     """
 
     repom_gate: Gate
     repom_inner_commits: InnerCommits
     repom_callbacks: Callbacks
-    repom_cursors: list[weakref.ref[Any]]
+    repom_cursors: list[Any]
+    repom_committed: SessionTransaction | None = None
 
     def end(self, how: Literal["flush", "commit", "rollback", "close"]) -> None:
-        """End the transaction for real. Only the owner of the scope calls this."""
+        """End the transaction for real. Only the owner of the scope calls this.
+
+        Raises:
+            TransactionError: another task did not leave the session within the time limit.
+        """
         raise NotImplementedError  # pragma: no cover - made by managed_class
 
 
@@ -78,16 +89,42 @@ def managed_class(base: type[Session]) -> type[Session]:
 
 
 def _make(base: type[Session]) -> type[Session]:
-    def end(self: Any, how: Literal["flush", "commit", "rollback", "close"]) -> None:
-        def rollback(session: Session) -> None:
-            # Detached first, the objects keep what they have loaded. Rolled back with them,
-            # the session would expire every one, and an error page that shows a name would
-            # have to ask the database again.
-            session.expunge_all()
-            base.rollback(session)
+    def rollback(session: Session) -> None:
+        # Detached first, the objects keep what they have loaded. Rolled back with them,
+        # the session would expire every one, and an error page that shows a name would
+        # have to ask the database again.
+        session.expunge_all()
+        base.rollback(session)
 
-        methods = {"flush": base.flush, "commit": base.commit, "close": base.close}
-        _inside(self.repom_gate, methods.get(how, rollback), self, ending=True)
+    endings = {
+        "flush": base.flush,
+        "commit": base.commit,
+        "rollback": rollback,
+        "close": base.close,
+    }
+
+    def end(self: Any, how: Literal["flush", "commit", "rollback", "close"]) -> None:
+        gate: Gate = self.repom_gate
+        try:
+            entered = gate.enter(ending=True)
+        except asyncio.CancelledError as error:  # by the time limit, for nobody else can
+            _cut_off(self)
+            raise TransactionError(
+                f"{how} had to wait for a statement of another task, which did not end within "
+                "the time limit; its connection was closed."
+            ) from error
+        # The owner tells the callbacks itself, once it knows how all its databases ended.
+        callbacks, self.repom_callbacks = self.repom_callbacks, Callbacks()
+        try:
+            if deferred.pending and how in ("flush", "commit"):
+                _wait_for_deferred(self)
+            if self.repom_cursors and how != "flush":
+                _close_cursors(self)
+            endings[how](self)
+        finally:
+            self.repom_callbacks = callbacks
+            if entered:
+                gate.leave()
 
     def begin(self: Any, nested: bool = False) -> SessionTransaction:
         policy = self.repom_inner_commits
@@ -96,58 +133,121 @@ def _make(base: type[Session]) -> type[Session]:
         # The block of a plain begin() commits when left. As a savepoint it means the same,
         # but for the owner having the last word.
         nested = nested or policy == "defer"
-        transaction: SessionTransaction = _inside(self.repom_gate, base.begin, self, nested)
+        transaction: SessionTransaction = _inside(self, begin_inside, nested)
+        return transaction
+
+    def begin_inside(self: Any, nested: bool) -> SessionTransaction:
+        transaction = base.begin(self, nested)
+        if nested:
+            self.repom_gate.begin_block(transaction)
         return transaction
 
     def commit(self: Any) -> None:
         policy = self.repom_inner_commits
         if policy == "forbid":
             raise commit_forbidden("commit")
-        if policy == "allow":
-            _inside(self.repom_gate, base.commit, self)
-            self.repom_callbacks.committed()
-        else:
-            _inside(self.repom_gate, base.flush, self)
+        _inside(self, base.commit if policy == "allow" else base.flush)
 
     def close(self: Any) -> None:
         # Deferred commits must outlive a `close()` that follows them, as one does at the end
         # of every `async with session:` block. The owner closes.
         if self.repom_inner_commits == "allow":
-            _inside(self.repom_gate, base.close, self)
+            _inside(self, base.close)
 
     namespace: dict[str, Any] = {
         name: _through_the_gate(getattr(base, name)) for name in _OPERATIONS if hasattr(base, name)
     }
     namespace["execute"] = _watching_cursors(namespace["execute"])
     namespace |= {"end": end, "begin": begin, "commit": commit, "close": close, "reset": close}
+    namespace["_warn_on_events"] = property(_is_own_flush, _set_flushing)
     managed = type(f"Managed{base.__name__}", (base, Managed), namespace)
-    event.listen(managed, "after_soft_rollback", after_soft_rollback)
+    event.listen(managed, "before_attach", _before_attach)
+    event.listen(managed, "after_flush", _after_flush)
+    event.listen(managed, "after_commit", _after_commit)
+    event.listen(managed, "after_transaction_end", _after_transaction_end)
     return managed
 
 
-def _inside(gate: Gate, method: Callable[..., Any], *args: Any, ending: bool = False) -> Any:
-    entered = gate.enter(ending=ending)
+def _inside(session: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    gate: Gate = session.repom_gate
+    if not gate.enter():
+        return method(session, *args, **kwargs)
     try:
-        return method(*args)
+        if deferred.pending:
+            _wait_for_deferred(session)
+        return method(session, *args, **kwargs)
     finally:
-        if entered:
-            gate.leave()
+        gate.leave()
 
 
 def _through_the_gate(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def operation(self: Any, *args: Any, **kwargs: Any) -> Any:
-        gate: Gate = self.repom_gate
-        if not gate.enter():
-            return method(self, *args, **kwargs)
-        try:
-            if deferred.pending and not self.in_transaction():
-                _wait_for_deferred()
-            return method(self, *args, **kwargs)
-        finally:
-            gate.leave()
+        return _inside(self, method, *args, **kwargs)
 
     return operation
+
+
+def _cut_off(session: Session) -> None:
+    """Close the connections under whoever uses them."""
+    transaction = session.get_transaction()
+    if transaction is not None:
+        for connection, *_ in set(transaction._connections.values()):
+            connection.invalidate()
+
+
+# --- what SQLAlchemy tells of a managed session
+
+
+def _is_own_flush(session: Any) -> bool:
+    # SQLAlchemy warns of `add()` while it flushes: it takes the caller for a listener to that
+    # flush. A sibling's flush does not know the object, and leaves it to the next one.
+    return bool(session.repom_flushing and session.repom_gate.is_mine)
+
+
+def _set_flushing(session: Any, flushing: bool) -> None:
+    session.repom_flushing = flushing
+
+
+def _before_attach(session: Any, instance: object) -> None:
+    # `add()` asks no database, so nobody else would say that this comes too late.
+    gate: Gate = session.repom_gate
+    if gate.closed and not gate.is_mine:
+        raise scope_closed()
+
+
+def _after_flush(session: Any, flush: Any) -> None:
+    """Raise for changes that SQLAlchemy is about to lose, with no more than a warning."""
+    gate: Gate = session.repom_gate
+    if gate.is_contended and not session.identity_map._modified.issubset(flush.states):
+        raise ConcurrentSessionUse(
+            "objects were changed while a flush of the same session was under way, and another "
+            "task uses that session: these changes would be lost.\n"
+            "Give tasks that write at the same time a transaction each: "
+            "`async with session_scope() as session:`."
+        )
+
+
+def _after_commit(session: Any) -> None:
+    session.repom_committed = session.get_nested_transaction() or session.get_transaction()
+
+
+def _after_transaction_end(session: Any, transaction: SessionTransaction) -> None:
+    committed = session.repom_committed is transaction
+    session.repom_committed = None
+    callbacks: Callbacks = session.repom_callbacks
+    if transaction.nested:
+        session.repom_gate.end_block(transaction)
+        if not committed:
+            callbacks.savepoint_rolled_back(transaction)
+    elif transaction.parent is None:
+        if committed:
+            callbacks.committed()
+        else:
+            callbacks.rolled_back()
+
+
+# --- cursors
 
 
 def _watching_cursors(execute: Callable[..., Any]) -> Callable[..., Any]:
@@ -158,29 +258,46 @@ def _watching_cursors(execute: Callable[..., Any]) -> Callable[..., Any]:
         result = execute(self, *args, **kwargs)
         options = kwargs.get("execution_options")
         if options and options.get("stream_results"):
-            self.repom_cursors.append(weakref.ref(result))
+            self.repom_cursors.append(result)
         return result
 
     return operation
 
 
 def has_open_cursor(session: Any) -> bool:
-    """Whether somebody may still read from the server a result of `session.stream()`."""
-    for reference in session.repom_cursors:
-        result = reference()
-        # Soft-closed is SQLAlchemy's word for read to its end.
-        if result is not None and not (result.closed or result._soft_closed):
-            return True
-    session.repom_cursors.clear()
-    return False
+    """Whether somebody may still read from the server a result of `session.stream()`.
 
-
-def _wait_for_deferred() -> None:
-    """Begin a transaction only after the commits that this loop still owes.
-
-    Not while an enclosing scope holds a transaction: an ending may be waiting for that one.
+    Results take no weak references, so this counts the strong ones. An interpreter that does
+    not count them has the results read until they say that they are at their end.
     """
-    if asyncio._get_running_loop() is None:
+    # Soft-closed is SQLAlchemy's word for read to its end. Ours are the references of the list,
+    # of this frame, and of the call that counts.
+    return any(
+        not (result.closed or result._soft_closed) and sys.getrefcount(result) > 3
+        for result in session.repom_cursors
+    )
+
+
+def _close_cursors(session: Any) -> None:
+    """Close what was not read to its end: MySQL ends nothing while rows are still coming."""
+    cursors, session.repom_cursors = session.repom_cursors, []
+    for result in cursors:
+        try:
+            result.close()
+        except Exception:  # of a connection that is lost, which the end itself will meet
+            logger.debug("closing a cursor failed", exc_info=True)
+
+
+# --- other people's commits
+
+
+def _wait_for_deferred(session: Session) -> None:
+    """Take a connection only after the commits that this loop still owes.
+
+    Not who has one already, here or in an enclosing scope: an ending may be waiting for that.
+    """
+    transaction = session.get_transaction()
+    if not in_greenlet() or (transaction is not None and transaction._connections):
         return
     here = surroundings.get()
     outer = here.parent if here is not None else None

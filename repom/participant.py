@@ -51,7 +51,12 @@ class Participant:
 
     async def perform(self, action: Action) -> None:
         """Do one step of the end, from the event loop."""
-        raise NotImplementedError  # pragma: no cover
+        # A flush without changes is not worth a greenlet or a thread.
+        if action != "flush" or not self.sync_session._is_clean():
+            await self._perform(action)
+
+    async def _perform(self, action: Action) -> None:
+        raise NotImplementedError  # pragma: no cover - each kind has its own
 
     def _manage(self, gate: Gate, inner_commits: InnerCommits, callbacks: Callbacks) -> None:
         self.gate = gate
@@ -81,7 +86,7 @@ class AsyncParticipant(Participant):
         self.sync_session = self.session.sync_session
         self._manage(TaskGate(), inner_commits, callbacks)
 
-    async def perform(self, action: Action) -> None:
+    async def _perform(self, action: Action) -> None:
         await self.session.run_sync(_end, action)
 
 
@@ -102,7 +107,7 @@ class SyncParticipant(Participant):
         self.sync_session = self.session
         self._manage(ThreadGate(), inner_commits, callbacks)
 
-    async def perform(self, action: Action) -> None:
+    async def _perform(self, action: Action) -> None:
         await anyio.to_thread.run_sync(self.perform_sync, action, limiter=_threads())
 
     def perform_sync(self, action: Action) -> None:
@@ -134,13 +139,12 @@ def _past_limit(step: Step, error: BaseException) -> TransactionError | None:
         return None
     if step.action == "commit":
         return CommitOutcomeUnknown(
-            f"COMMIT on database {step.party.name!r} did not end within its time limit, and "
-            "the connection was closed: the database may have committed, or not.\n"
+            f"COMMIT on database {step.party.name!r} did not end within its time limit: the "
+            "database may have committed, or not.\n"
             "Look there before doing the work again; repom never retries it."
         )
     return TransactionError(
-        f"{step.action} on database {step.party.name!r} did not end within its time limit, and "
-        "the connection was closed."
+        f"{step.action} on database {step.party.name!r} did not end within its time limit."
     )
 
 

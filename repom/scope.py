@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from contextvars import Token
 from enum import Enum
 from typing import Any, TypeVar
@@ -49,6 +48,7 @@ class SessionScope:
     Attributes:
         label: what the unit of work is, for logs: its `str()` is "POST /articles", or a name.
         parent: the scope inside which this one was opened, if any.
+        is_sync: whether sync code ends it, which cannot await the end of an `AsyncSession`.
     """
 
     __slots__ = (
@@ -66,6 +66,7 @@ class SessionScope:
         "callbacks",
         "databases",
         "end_timeout",
+        "is_sync",
         "label",
         "parent",
     )
@@ -78,11 +79,13 @@ class SessionScope:
         begin: BeginOptions,
         inner_commits: InnerCommits = "defer",
         end_timeout: float = END_TIMEOUT,
+        is_sync: bool = False,
     ) -> None:
         self.label = label
         self.parent: Surroundings | None = None
         self.databases = databases
         self.end_timeout = end_timeout
+        self.is_sync = is_sync
         self.callbacks = Callbacks()
         self._begin = begin
         self._inner_commits = inner_commits
@@ -145,8 +148,18 @@ class SessionScope:
         await finish.end(self, commit=True)
 
     def commit_sync(self) -> None:
-        """The sync twin of `commit`, for scopes opened by `sync_session_scope()`."""
+        """The sync twin of `commit`, for `def` endpoints and `sync_session_scope()`.
+
+        Raises:
+            MixedSessionsError: the unit of work holds an `AsyncSession`.
+        """
         self._refuse_early_commit()
+        if any(isinstance(participant, AsyncParticipant) for participant in self.participants):
+            raise MixedSessionsError(
+                "commit_sync() was called where current_session() is in use, too: sync code "
+                "cannot commit an AsyncSession.\n"
+                "Write `await current_scope().commit()` in async code."
+            )
         finish.end_sync(self, commit=True)
 
     def on_commit(self, callback: Callback, database: str | Database = DEFAULT) -> None:
@@ -168,6 +181,12 @@ class SessionScope:
                 "Use current_sync_session() in `def` endpoints and threads."
             )
         self._refuse_if_over()
+        if self.is_sync:
+            raise MixedSessionsError(
+                f"current_session() was called inside {self.label}, whose end cannot await that "
+                "of an AsyncSession.\n"
+                "Use current_sync_session() here, or open `async with session_scope()`."
+            )
         if self._async_sessions and self._loop is not loop:
             raise WrongEventLoopError(
                 "this unit of work, and its connections, belong to another event loop.\n"
@@ -204,7 +223,10 @@ class SessionScope:
         return found
 
     def _savepoint(self, key: str | Database) -> Any:
-        self._refuse_if_over()
+        # The last flush happens when new work is refused already, but what listens to it, as
+        # "after_insert" does, is a part of the end.
+        if not any(participant.gate.is_mine for participant in self.participants):
+            self._refuse_if_over()
         participant = self._participants.get(self.databases[key])
         return participant and participant.sync_session.get_nested_transaction()
 
@@ -212,8 +234,12 @@ class SessionScope:
 
     @property
     def participants(self) -> Collection[Participant]:
-        """What takes part in this unit of work, in the order in which it was opened."""
-        return tuple(self._participants.values())
+        """What takes part in this unit of work, in the order in which it is to commit."""
+        opened = self._participants
+        if len(opened) < 2:
+            return tuple(opened.values())
+        given = [database for _, database in self.databases.items() if database in opened]
+        return tuple(opened[database] for database in dict.fromkeys((*given, *opened)))
 
     @property
     def has_work(self) -> bool:
@@ -247,17 +273,19 @@ class SessionScope:
         for participant in self.participants:
             participant.gate.closed = True
 
-    @contextmanager
-    def open_for_callbacks(self) -> Iterator[None]:
-        """Accept work for a while, also on the way to the end."""
-        before, self._state = self._state, ScopeState.OPEN
-        for participant in self.participants:
-            participant.gate.closed = False
-        try:
-            yield
-        finally:
-            if before is not ScopeState.OPEN:
-                self.refuse_work()
+    def for_callback(self, *, is_sync: bool = False) -> SessionScope:
+        """A unit of work for one callback: all as here, but a transaction of its own.
+
+        So a callback neither ends what siblings have begun since, nor lets them in again.
+        """
+        return SessionScope(
+            self.databases,
+            label=f"a callback of {self.label}",
+            begin=self._begin,
+            inner_commits=self._inner_commits,
+            end_timeout=self.end_timeout,
+            is_sync=is_sync,
+        )
 
     def closed(self) -> None:
         """The scope is over: its sessions are no longer given out."""

@@ -59,9 +59,11 @@ class _Unit:
         scope = open_scope_here()
         if scope is not None:
             return scope.sync_session(DEFAULT if self._database is None else self._database)
-        self._owned = new_scope(self._database, label="get_db_session()")
-        self._owned.enter()
-        return self._owned.sync_session()
+        scope = new_scope(self._database, label="get_db_session()", is_sync=True)
+        session = scope.sync_session()
+        scope.enter()  # last, so that nothing is left open by what may fail
+        self._owned = scope
+        return session
 
     def end(self, error: BaseException | None, /) -> None:
         scope = self._owned

@@ -20,40 +20,53 @@ _INSIST_EVERY = 5.0
 
 
 class EndingTask(asyncio.Task[T]):
-    """A task that only its own time limit can cancel.
+    """A task that only its own time limit can cancel, because nobody else can find it.
 
-    `asyncio.run()` cancels every task when its main coroutine has returned and then waits for
-    them. Because this one declines, the loop stays alive until the ending is done, also for
-    one that nobody waits for.
+    `asyncio.run()` and servers that stop cancel `asyncio.all_tasks()`, and this is none of
+    those. It could refuse `cancel()` instead, but that is also how the time-outs of pools and
+    drivers end what they wait for, inside of it.
 
     Args:
         coro: the work.
         loop: the running loop.
-        limit: seconds after which the task is cancelled for real. Cancelled inside a database
-            call, SQLAlchemy invalidates the connection, which is what the limit is for.
+        limit: seconds after which the task is cancelled. Cancelled inside a database call,
+            SQLAlchemy invalidates the connection, which is what the limit is for.
     """
 
     def __init__(
         self, coro: Coroutine[Any, Any, T], *, loop: asyncio.AbstractEventLoop, limit: float
     ) -> None:
         super().__init__(coro, loop=loop)
+        asyncio._unregister_task(self)
         self.expired = False
         self._timer = loop.call_later(limit, self._expire)
         self.add_done_callback(_stop_timer)
 
-    def cancel(self, msg: Any = None) -> bool:
-        # Past the limit the driver closes the connection, with time-outs of its own that
-        # work by cancelling this task: those must get through.
-        return super().cancel(msg) if self.expired else False
-
     def _expire(self) -> None:
         self.expired = True
-        super().cancel()
+        self.cancel()
         self._timer = self.get_loop().call_later(_INSIST_EVERY, self._expire)
 
 
 def _stop_timer(task: asyncio.Task[Any]) -> None:
     task._timer.cancel()  # type: ignore[attr-defined]
+
+
+class Guard(asyncio.Task[None]):
+    """Keeps the loop running until `task` is done, also in `asyncio.run()` that is over.
+
+    That cancels every task it finds and then waits for them. This one declines.
+    """
+
+    def __init__(self, task: EndingTask[Any], *, name: str) -> None:
+        super().__init__(_done(task), loop=task.get_loop(), name=name)
+
+    def cancel(self, msg: Any = None) -> bool:
+        return False
+
+
+async def _done(task: EndingTask[Any]) -> None:
+    await asyncio.wait((task,))
 
 
 async def run_to_end(coro: Coroutine[Any, Any, T], *, limit: float) -> T:
@@ -72,8 +85,7 @@ async def run_to_end(coro: Coroutine[Any, Any, T], *, limit: float) -> T:
     """
     loop = asyncio.get_running_loop()
     task = EndingTask(coro, loop=loop, limit=limit)
-    # Not `await task`: an anyio cancel scope repeats its cancellation on every turn of the
-    # loop until it is delivered. Waiting on a future of our own lets it in at once.
+    # Not `await task`: who is cancelled passes that on to what it awaits.
     waiter = loop.create_future()
     task.add_done_callback(lambda _: None if waiter.done() else waiter.set_result(None))
     try:
@@ -85,7 +97,11 @@ async def run_to_end(coro: Coroutine[Any, Any, T], *, limit: float) -> T:
             # The same exception object goes on: anyio recognises its own by the message.
             cancelled.__cause__ = task.exception()
         raise
-    return task.result()
+    try:
+        return task.result()
+    finally:
+        # Or what it raised would keep itself alive: its traceback has this frame.
+        del task
 
 
 async def _finished(task: EndingTask[Any]) -> None:

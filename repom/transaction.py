@@ -17,7 +17,7 @@ from repom.current import databases_here, open_scope_here
 from repom.database import BeginOptions, Database
 from repom.deferred import raise_failure
 from repom.dialects import Begin
-from repom.errors import DurableAtomicError
+from repom.errors import DurableAtomicError, ScopeError
 from repom.managed import InnerCommits
 from repom.registry import DEFAULT
 from repom.scope import END_TIMEOUT, SessionScope
@@ -34,6 +34,7 @@ def new_scope(
     end_timeout: float = END_TIMEOUT,
     sqlite_begin: Begin = "IMMEDIATE",
     label: object = "session_scope()",
+    is_sync: bool = False,
 ) -> SessionScope:
     """A scope for the databases known here, not yet entered; see `session_scope`."""
     raise_failure()
@@ -43,6 +44,7 @@ def new_scope(
         begin=BeginOptions(sqlite_begin, isolation_level),
         inner_commits=inner_commits,
         end_timeout=end_timeout,
+        is_sync=is_sync,
     )
 
 
@@ -117,6 +119,7 @@ def sync_session_scope(
         inner_commits=inner_commits,
         sqlite_begin=sqlite_begin,
         label="sync_session_scope()",
+        is_sync=True,
     )
     scope.enter()
     try:
@@ -163,11 +166,15 @@ class atomic:  # noqa: N801 - reads as a statement, like `contextlib.suppress`
         scope = self._enclosing_scope()
         if scope is None:
             self._block = session_scope(self._database)
-            return cast(AsyncSession, await self._block.__aenter__())
-        session = scope.session(self._database or DEFAULT)
-        self._block = session.begin_nested()
-        await self._block.__aenter__()
-        return session
+        else:
+            session = scope.session(self._database or DEFAULT)
+            self._block = session.begin_nested()
+        try:
+            entered = await self._block.__aenter__()
+        except BaseException:
+            self._block = None
+            raise
+        return cast(AsyncSession, entered) if scope is None else session
 
     async def __aexit__(
         self,
@@ -175,17 +182,22 @@ class atomic:  # noqa: N801 - reads as a statement, like `contextlib.suppress`
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        await self._block.__aexit__(kind, error, tb)
+        block, self._block = self._block, None
+        await block.__aexit__(kind, error, tb)
 
     def __enter__(self) -> Session:
         scope = self._enclosing_scope()
         if scope is None:
             self._block = sync_session_scope(self._database)
-            return cast(Session, self._block.__enter__())
-        session = scope.sync_session(self._database or DEFAULT)
-        self._block = session.begin_nested()
-        self._block.__enter__()
-        return session
+        else:
+            session = scope.sync_session(self._database or DEFAULT)
+            self._block = session.begin_nested()
+        try:
+            entered = self._block.__enter__()
+        except BaseException:
+            self._block = None
+            raise
+        return cast(Session, entered) if scope is None else session
 
     def __exit__(
         self,
@@ -193,10 +205,21 @@ class atomic:  # noqa: N801 - reads as a statement, like `contextlib.suppress`
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        self._block.__exit__(kind, error, tb)
+        block, self._block = self._block, None
+        block.__exit__(kind, error, tb)
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
-        """Decorate `function`, sync or async: each call of it is such a block."""
+        """Decorate `function`, sync or async: each call of it is such a block.
+
+        Raises:
+            TypeError: it is a generator function, whose body runs when the call is over.
+        """
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(
+                f"@atomic() cannot decorate {function.__qualname__}(): the body of a generator "
+                "runs after the call that makes it.\n"
+                "Write `async with atomic():` (or `with atomic():`) inside it."
+            )
         if inspect.iscoroutinefunction(function):
 
             @functools.wraps(function)
@@ -214,6 +237,12 @@ class atomic:  # noqa: N801 - reads as a statement, like `contextlib.suppress`
         return run
 
     def _enclosing_scope(self) -> SessionScope | None:
+        if self._block is not None:
+            raise ScopeError(
+                "this atomic() object is in use already, by an enclosing block or by another "
+                "task: it stands for one block at a time.\n"
+                "Write `atomic()` once more for each block."
+            )
         scope = open_scope_here()
         if scope is not None and self._durable:
             raise DurableAtomicError(

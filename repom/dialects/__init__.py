@@ -9,8 +9,8 @@ from sqlalchemy import URL
 
 from repom.dialects.base import Support
 from repom.dialects.mysql import MySQL
-from repom.dialects.postgresql import PostgreSQL
-from repom.dialects.sqlite import Begin, SQLite
+from repom.dialects.postgresql import POSTGRESQL_DRIVERS, PostgreSQL
+from repom.dialects.sqlite import Begin, SQLite, is_sqlite
 
 __all__ = ["Begin", "Support", "support_for"]
 
@@ -23,7 +23,7 @@ def support_for(
     sqlite_begin: Begin | None = None,
     pgbouncer: bool = False,
 ) -> Support:
-    """The support for the dialect of `url`; the plain one for dialects repom knows nothing of.
+    """The support for the dialect of `url`; the plain one for what repom knows nothing of.
 
     Args:
         url: the URL with the driver that will be used.
@@ -33,9 +33,9 @@ def support_for(
         pgbouncer: see `Database`.
     """
     match url.get_backend_name():
-        case "sqlite":
+        case "sqlite" if is_sqlite(url):
             return SQLite(url, connect_args, is_async=is_async, begin=sqlite_begin or "DEFERRED")
-        case "postgresql":
+        case "postgresql" if url.get_driver_name() in POSTGRESQL_DRIVERS:
             return PostgreSQL(url, connect_args, is_async=is_async, pgbouncer=pgbouncer)
         case "mysql" | "mariadb":
             return MySQL(url, connect_args, is_async=is_async)

@@ -9,10 +9,19 @@ from sqlalchemy import URL, Engine, event
 
 from repom.dialects.base import Support
 
-# The server has rolled the whole transaction back, and goes on in a new one without a word:
-# 1213 ER_LOCK_DEADLOCK (https://dev.mysql.com/doc/refman/8.4/en/innodb-deadlocks.html), on
-# Galera also a failed certification; 1180 ER_ERROR_DURING_COMMIT.
-_ENDS_TRANSACTION = frozenset({1213, 1180})
+# The server has rolled the whole transaction back, and goes on in a new one without a word.
+_ABORTS = frozenset(
+    {
+        # ER_LOCK_DEADLOCK (https://dev.mysql.com/doc/refman/8.4/en/innodb-error-handling.html),
+        # on Galera also a failed certification
+        1213,
+        # ER_CHECKREAD, of MariaDB with innodb_snapshot_isolation, its default since 11.6.2
+        # (https://mariadb.com/kb/en/innodb-system-variables/#innodb_snapshot_isolation)
+        1020,
+        1206,  # ER_LOCK_TABLE_FULL
+        1180,  # ER_ERROR_DURING_COMMIT
+    }
+)
 # ER_LOCK_WAIT_TIMEOUT undoes its statement only, or everything where the server was started
 # with innodb_rollback_on_timeout.
 _LOCK_WAIT_TIMEOUT = 1205
@@ -23,14 +32,17 @@ class MySQL(Support):
 
     def __init__(self, url: URL, connect_args: Mapping[str, Any], *, is_async: bool) -> None:
         super().__init__(url, connect_args, is_async=is_async)
-        self._ends_transaction = _ENDS_TRANSACTION
+        self._aborts = _ABORTS
 
     def install(self, engine: Engine) -> None:
         super().install(engine)
         event.listen(engine, "first_connect", self._ask_server)
 
-    def ends_transaction(self, error: Exception) -> bool:
-        return errno(error) in self._ends_transaction
+    def aborts(self, error: Exception, driver_connection: Any) -> bool:
+        return errno(error) in self._aborts
+
+    def abandon(self, driver_connection: Any) -> None:
+        driver_connection.close()
 
     def _ask_server(self, dbapi_connection: Any, record: Any) -> None:
         # Once for each engine: the variable cannot be changed while the server runs.
@@ -41,7 +53,7 @@ class MySQL(Support):
         finally:
             cursor.close()
         if row is not None and row[1] in ("ON", "1", 1):
-            self._ends_transaction |= {_LOCK_WAIT_TIMEOUT}
+            self._aborts |= {_LOCK_WAIT_TIMEOUT}
 
 
 def errno(error: BaseException) -> int | None:

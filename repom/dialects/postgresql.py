@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import URL
+from sqlalchemy import URL, Engine, event
+from sqlalchemy.pool import PoolProxiedConnection
 
 from repom.dialects.base import Support, aborted
 
+POSTGRESQL_DRIVERS = frozenset({"asyncpg", "psycopg", "psycopg_async", "psycopg2"})
+
 # libpq's PQTRANS_INERROR, the same number in psycopg and psycopg2.
 _IN_ERROR = 3
+# in_failed_sql_transaction: refused because of an error before it.
+_CONSEQUENCE = "25P02"
+# Class 08, connection exception: found by the driver, and not said by the server.
+_CONNECTION_CLASS = "08"
 
 
 class PostgreSQL(Support):
@@ -35,18 +43,26 @@ class PostgreSQL(Support):
 
     def connect_args(self, given: Mapping[str, Any]) -> dict[str, Any]:
         args = super().connect_args(given)
-        if self.driver == "asyncpg":
-            args["connection_class"] = _truthful(args.get("connection_class"))
-            if self.pgbouncer:
-                args["statement_cache_size"] = 0
-                args["prepared_statement_cache_size"] = 0
-        elif self.pgbouncer and self.driver == "psycopg":
+        if self.pgbouncer and self.driver == "asyncpg":
+            args["statement_cache_size"] = 0
+            args["prepared_statement_cache_size"] = 0
+        elif self.pgbouncer and self.driver != "psycopg2":
             args["prepare_threshold"] = None
         return args
 
-    def is_aborted(self, driver_connection: Any) -> bool:
+    def install(self, engine: Engine) -> None:
+        super().install(engine)
+        if self.driver == "asyncpg":
+            event.listen(engine, "connect", _make_truthful)
+
+    def aborts(self, error: Exception, driver_connection: Any) -> bool:
+        # The newest counts: what was before it has been healed by a savepoint.
+        return sqlstate(error) not in (None, _CONSEQUENCE)
+
+    def is_aborted(self, connection: PoolProxiedConnection) -> bool:
         if self.driver == "asyncpg":
             return False
+        driver_connection: Any = connection.driver_connection
         return bool(driver_connection.info.transaction_status == _IN_ERROR)
 
     def is_lost(self, driver_connection: Any) -> bool:
@@ -54,12 +70,42 @@ class PostgreSQL(Support):
             return bool(driver_connection.is_closed())
         return bool(driver_connection.closed)
 
+    def is_answer(self, error: Exception) -> bool:
+        # A server that shuts down, or was told to end this connection, says so instead of
+        # committing: while it commits, it does not listen. A pooler may say it by itself.
+        if self.pgbouncer:
+            return False
+        cause: BaseException | None = error
+        while cause is not None:  # asyncpg keeps what the server said as the first cause
+            if not (sqlstate(cause) or _CONNECTION_CLASS).startswith(_CONNECTION_CLASS):
+                return True
+            cause = cause.__cause__
+        return False
 
-def _truthful(base: Any) -> Any:
+    def abandon(self, driver_connection: Any) -> None:
+        if self.driver == "asyncpg":
+            driver_connection.terminate()
+        else:
+            driver_connection.pgconn.finish()
+
+
+def sqlstate(error: BaseException) -> str | None:
+    """The SQLSTATE of an exception of any driver; None if the driver raised it by itself."""
+    return getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+
+
+def _make_truthful(dbapi_connection: Any, record: Any) -> None:
+    # Afterwards, and not by `connection_class`, so that connections which the application
+    # makes itself (`async_creator`) cannot be without it.
+    connection = dbapi_connection.driver_connection
+    connection.__class__ = _truthful(type(connection))
+
+
+@functools.cache
+def _truthful(base: type[Any]) -> type[Any]:
     """A connection class of asyncpg that does not take ROLLBACK for an answer to COMMIT."""
-    import asyncpg
 
-    class TruthfulConnection(base or asyncpg.Connection):  # type: ignore[misc]
+    class TruthfulConnection(base):
         __slots__ = ()
 
         async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:  # noqa: ASYNC109 - asyncpg's

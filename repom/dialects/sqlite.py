@@ -11,25 +11,42 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 from sqlalchemy import URL, Connection, Engine, event
-from sqlalchemy.util import await_only
+from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.util import asbool, await_only
 
 from repom.context import Surroundings, surroundings
 from repom.dialects.base import Support
 from repom.dialects.write_queue import Ticket, WriteQueue, write_queue
-from repom.errors import DatabaseFileError, RepomError, WouldDeadlockError
+from repom.errors import (
+    ConfigurationError,
+    DatabaseFileError,
+    RepomError,
+    WouldDeadlockError,
+)
 
 Begin = Literal["IMMEDIATE", "DEFERRED"]
 
-#: The execution option that says how a transaction begins.
-BEGIN_OPTION = "repom_sqlite_begin"
-
 #: Seconds to wait for another writer, of this process or of another one.
 BUSY_TIMEOUT = 30.0
+
+# Seconds between two attempts to switch a new file to WAL.
+_WAL_PAUSE = 0.01
+
+# Key of `PoolProxiedConnection.info`: the transaction that begins now is to be IMMEDIATE.
+_IMMEDIATE = "repom.immediate"
+
+
+def is_sqlite(url: URL) -> bool:
+    """Whether this is SQLite by Python's own driver; others, SQLCipher's say, are left alone."""
+    drivers = ("pysqlite", "aiosqlite")
+    return url.get_backend_name() == "sqlite" and url.get_driver_name() in drivers
 
 
 def private_memory(url: URL) -> URL:
@@ -38,18 +55,36 @@ def private_memory(url: URL) -> URL:
     The database lives in SQLite's `memdb` VFS, which has real locks and no dirty reads, as
     shared cache has (https://sqlite.org/sharedcache.html, section 3.2). It is gone when its
     last connection is closed.
+
+    Returns:
+        `url` itself if it is a file, or a memory database that other code can open by name.
     """
-    if url.database not in (None, "", ":memory:"):
+    query = dict(url.query)
+    mode, cache = query.pop("mode", None), query.pop("cache", None)
+    nameless = url.database in (None, "", ":memory:", "file::memory:")
+    if not nameless and (mode != "memory" or cache == "shared"):
         return url
-    query = {**url.query, "vfs": "memdb", "uri": "true"}
-    return url.set(database=f"file:/repom-{uuid.uuid4().hex}", query=query)
+    return url.set(
+        database=f"file:/repom-{uuid.uuid4().hex}", query={**query, "vfs": "memdb", "uri": "true"}
+    )
+
+
+def immediate_engine(engine: Engine) -> Engine:
+    """The same engine, with transactions that take the write lock when they begin."""
+    variant = engine.execution_options()
+    event.listen(variant, "begin", _next_is_immediate)
+    return variant
+
+
+def _next_is_immediate(connection: Connection) -> None:
+    connection.info[_IMMEDIATE] = True
 
 
 class SQLite(Support):
     """Begins every transaction for real, and lets the writers of one file queue.
 
     Args:
-        begin: how transactions begin that do not say it themselves by `BEGIN_OPTION`.
+        begin: how transactions begin, but for those of `immediate_engine()`.
     """
 
     def __init__(
@@ -69,61 +104,77 @@ class SQLite(Support):
 
     def check(self) -> None:
         """Make the folder of the file; raise `DatabaseFileError` if nothing can be written."""
-        if not _is_plain_file(self.url):
-            return
+        if _is_uri(self.url):
+            return  # says itself what may be created and written
         folder = os.path.dirname(self.path)
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
             raise DatabaseFileError(_cannot_open(self.path, error)) from error
-        target = self.path if os.path.exists(self.path) else folder
-        if not os.access(target, os.W_OK):
-            raise DatabaseFileError(_cannot_open(self.path, "no permission to write there"))
+        for target in (folder, self.path):
+            if os.path.exists(target) and not os.access(target, os.W_OK):
+                raise DatabaseFileError(_cannot_open(self.path, f"{target} is not writable"))
 
     def connect_args(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        args = {"timeout": self.timeout, "check_same_thread": False} | super().connect_args(given)
-        if "timeout" in self.url.query:  # what the URL says wins over our default
-            args["timeout"] = float(str(self.url.query["timeout"]))
-        self.timeout = float(args["timeout"])
-        args["isolation_level"] = None  # the driver sends no BEGIN of its own
+        timeout = self.url.query.get("timeout", BUSY_TIMEOUT)
+        args = {"timeout": timeout, "check_same_thread": False} | super().connect_args(given)
+        args["timeout"] = self.timeout = float(args["timeout"])
+        # None is SQLAlchemy's AUTOCOMMIT. With "" the driver would send a BEGIN of its own,
+        # but never finds a transaction missing.
+        args["isolation_level"] = ""
         args["factory"] = _factory(args.get("factory"), read_only=_is_read_only(self.url))
         return args
 
-    def install(self, engine: Engine) -> None:
-        super().install(engine)
-        event.listen(engine, "begin", self._begin)
+    def engine_kwargs(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        for option in ("creator", "async_creator"):
+            if option in given:
+                raise ConfigurationError(
+                    f"engine_kwargs has {option!r}, but repom needs SQLite connections of a class "
+                    "of its own.\nSay what they need in the URL, in connect_args (a `factory` "
+                    'too), or in a listener of the engine\'s "connect" event.'
+                )
+        return super().engine_kwargs(given)
 
-    def is_aborted(self, driver_connection: Any) -> bool:
+    def aborts(self, error: Exception, driver_connection: Any) -> bool:
         # INSERT OR ROLLBACK, a full disk and others end a transaction behind our back
         # (https://sqlite.org/lang_transaction.html, section 3).
-        connection = _sqlite(driver_connection)
-        return connection.begun and not connection.in_transaction
+        sqlite = _sqlite(driver_connection)
+        ended = sqlite.begun and not sqlite.in_transaction
+        if ended:
+            # Without a transaction, each statement that follows would commit itself.
+            self._execute(driver_connection, "BEGIN")
+        return ended
+
+    def is_aborted(self, connection: PoolProxiedConnection) -> bool:
+        sqlite = _sqlite(connection.driver_connection)
+        return super().is_aborted(connection) or (sqlite.begun and not sqlite.in_transaction)
 
     def connect_failed(self, error: Exception) -> RepomError:
         return DatabaseFileError(_cannot_open(self.path, error))
 
-    def _begin(self, connection: Connection) -> None:
-        options = connection.get_execution_options()
-        if options.get("isolation_level") == "AUTOCOMMIT":
-            return
-        driver_connection = connection.connection.driver_connection
-        sqlite = _sqlite(driver_connection)
-        immediate = options.get(BEGIN_OPTION, self.begin_mode) == "IMMEDIATE"
+    def abandon(self, driver_connection: Any) -> None:
+        driver_connection.stop()
+
+    def _begin(self, do_begin: Callable[..., None], connection: PoolProxiedConnection) -> None:
+        super()._begin(do_begin, connection)
+        marked = connection.info.pop(_IMMEDIATE, False)
+        sqlite = _sqlite(connection.driver_connection)
+        if sqlite.isolation_level is None:
+            return  # AUTOCOMMIT
+        immediate = marked or self.begin_mode == "IMMEDIATE"
         # A memory database has no readers beside its writer, so all of them wait in line.
         if immediate or self.is_memory:
             sqlite.ticket = self._wait_for_turn()
-        sql = "BEGIN IMMEDIATE" if immediate else "BEGIN"
-        try:
-            if self.is_async:
-                await_only(driver_connection.execute(sql))  # type: ignore[union-attr]
-            else:
-                sqlite.execute(sql)
-        except sqlite3.Error:
-            # Cancelled is another matter: then BEGIN may still be running in the connection's
-            # thread, and its rollback, on the way back to the pool, gives the ticket up.
-            sqlite.release()
-            raise
+        # If it fails or is cancelled, the rollback that SQLAlchemy then does, at the latest
+        # on the way back to the pool, gives the place in the line up.
+        self._execute(connection.driver_connection, "BEGIN IMMEDIATE" if immediate else "BEGIN")
         sqlite.begun = True
+
+    def _execute(self, driver_connection: Any, sql: str) -> None:
+        """Below the DBAPI cursors, which would take three turns of aiosqlite's thread for it."""
+        done = driver_connection.execute(sql)
+        if self.is_async:
+            await_only(done)
 
     def _wait_for_turn(self) -> Ticket:
         me = Writer(surroundings.get(), asyncio.current_task() if self.is_async else None)
@@ -153,13 +204,16 @@ class Writer(NamedTuple):
         """Whether `holder` can only end after this writer has.
 
         A task does not end one transaction while it waits to begin another. What another task
-        holds may well end, also when that task opened the enclosing scope. In threads there is
-        no telling who waits for whom, so there an enclosing scope counts.
+        holds may well end, also when that task opened the enclosing scope; but not while sync
+        code blocks its event loop. In threads there is no telling who waits for whom, so there
+        an enclosing scope counts.
         """
         if not isinstance(holder, Writer):
             return False
         if self.task is not None:
             return self.task is holder.task
+        if holder.task is not None and holder.task.get_loop() is asyncio._get_running_loop():
+            return True
         scope = self.scope
         while scope is not None and scope is not holder.scope:
             scope = scope.parent
@@ -178,22 +232,33 @@ class RepomSQLiteConnection(sqlite3.Connection):
         self.ticket: Ticket | None = None
         self.begun = False
         super().__init__(*args, **kwargs)
-        self.execute("PRAGMA foreign_keys = ON")
-        if not self.read_only:
-            # synchronous stays FULL: in WAL mode NORMAL may lose the last commits in a power
-            # cut (https://sqlite.org/pragma.html#pragma_synchronous).
-            self.execute("PRAGMA journal_mode = WAL")
+        try:
+            self.execute("PRAGMA foreign_keys = ON")
+            if not self.read_only:
+                self._use_wal(kwargs["timeout"])
+        except sqlite3.Error:  # not a database, for instance
+            self.close()
+            raise
+
+    def _use_wal(self, limit: float) -> None:
+        # synchronous stays FULL: in WAL mode NORMAL may lose the last commits in a power cut
+        # (https://sqlite.org/pragma.html#pragma_synchronous).
+        end = time.monotonic() + limit
+        while True:
+            try:
+                self.execute("PRAGMA journal_mode = WAL")
+            except sqlite3.OperationalError as error:
+                # The first connection to a new file has to lock it for this. SQLite does not
+                # wait for others then, such as those of processes that start at the same time.
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                    raise
+                time.sleep(_WAL_PAUSE)
+            else:
+                return
 
     def commit(self) -> None:
-        try:
-            super().commit()
-        except sqlite3.Error:
-            # Refused by a deferred constraint, the transaction is still open. SQLAlchemy takes
-            # it for over and would put the connection back into its pool as it is.
-            super().rollback()
-            raise
-        finally:
-            self._ended()
+        super().commit()
+        self._ended()
 
     def rollback(self) -> None:
         super().rollback()
@@ -234,16 +299,21 @@ def _sqlite(driver_connection: Any) -> RepomSQLiteConnection:
     return getattr(driver_connection, "_conn", driver_connection)  # type: ignore[no-any-return]
 
 
-def _is_plain_file(url: URL) -> bool:
-    return bool(url.database) and "uri" not in url.query
+def _is_uri(url: URL) -> bool:
+    return bool(asbool(url.query.get("uri", False)))
 
 
 def _is_read_only(url: URL) -> bool:
-    return url.query.get("mode") == "ro" or url.query.get("immutable") in ("1", "true")
+    query = url.query
+    return _is_uri(url) and (query.get("mode") == "ro" or query.get("immutable") in ("1", "true"))
 
 
 def _path(url: URL) -> str:
-    return os.path.abspath(str(url.database)) if _is_plain_file(url) else str(url.database)
+    """The absolute path of the file, the same for all ways to name it; or of a memory database."""
+    name = str(url.database)
+    if url.query.get("vfs") == "memdb":
+        return name
+    return os.path.realpath(unquote(urlsplit(name).path) if _is_uri(url) else name)
 
 
 def _cannot_open(path: str, why: object) -> str:

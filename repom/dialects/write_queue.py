@@ -12,17 +12,19 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from queue import Empty, SimpleQueue
 
 
 class Ticket:
     """One writer's place in the line; released once, and never by anybody else."""
 
-    __slots__ = ("__weakref__", "_queue", "holder", "ready")
+    __slots__ = ("__weakref__", "_queue", "called", "holder", "ready")
 
     def __init__(self, queue: WriteQueue, holder: object, ready: Callable[[Ticket], None]) -> None:
         self._queue: WriteQueue | None = queue
         self.holder = holder
         self.ready = ready
+        self.called = False  # whether it is its turn
 
     def release(self) -> None:
         """Leave the line, or let the next one write. Does nothing the second time."""
@@ -39,7 +41,8 @@ class WriteQueue:
     """
 
     def __init__(self) -> None:
-        self._mutex = threading.Lock()
+        # Reentrant, because the garbage collector releases tickets too, at any allocation.
+        self._mutex = threading.RLock()
         self._line: deque[Ticket] = deque()  # the first of the line is the one that writes
 
     def holder(self) -> object | None:
@@ -57,11 +60,17 @@ class WriteQueue:
         Raises:
             TimeoutError: the writers before this one did not finish in time.
         """
-        event = threading.Event()
-        ticket, mine = self._enter(holder, lambda _: event.set())
-        if not mine and not event.wait(limit):
-            ticket.release()
-            raise TimeoutError
+        turn: SimpleQueue[Ticket] = SimpleQueue()  # reentrant, which an Event is not
+        ticket = self._enter(holder, turn.put)
+        if not ticket.called:
+            try:
+                turn.get(timeout=limit)
+            except Empty:
+                ticket.release()
+                raise TimeoutError from None
+            except BaseException:  # KeyboardInterrupt
+                ticket.release()
+                raise
         return ticket
 
     async def acquire_async(self, holder: object, limit: float) -> Ticket:
@@ -80,8 +89,8 @@ class WriteQueue:
                 # That loop was closed while its task stood in line: nobody is left to write.
                 ticket.release()
 
-        ticket, mine = self._enter(holder, ready)
-        if not mine:
+        ticket = self._enter(holder, ready)
+        if not ticket.called:
             try:
                 async with asyncio.timeout(limit):
                     await turn
@@ -90,19 +99,22 @@ class WriteQueue:
                 raise
         return ticket
 
-    def _enter(self, holder: object, ready: Callable[[Ticket], None]) -> tuple[Ticket, bool]:
+    def _enter(self, holder: object, ready: Callable[[Ticket], None]) -> Ticket:
         ticket = Ticket(self, holder, ready)
         with self._mutex:
             self._line.append(ticket)
-            return ticket, self._line[0] is ticket
+            if self._line[0] is ticket:
+                ticket.called = True
+        return ticket
 
     def _leave(self, ticket: Ticket) -> None:
         with self._mutex:
-            was_first = self._line[0] is ticket
             self._line.remove(ticket)
-            following = self._line[0] if was_first and self._line else None
-        if following is not None:
-            following.ready(following)
+            first = self._line[0] if self._line else None
+            if first is None or first.called:
+                return
+            first.called = True
+        first.ready(first)
 
 
 _queues: weakref.WeakValueDictionary[str, WriteQueue] = weakref.WeakValueDictionary()

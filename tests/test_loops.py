@@ -1,0 +1,251 @@
+"""One engine for each event loop, and nothing left of it when the loop has ended."""
+
+import asyncio
+import gc
+import logging
+import threading
+import time
+import warnings
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.engine import make_url
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from repom.database import Database
+from tests.support.reader import connections
+
+RunMain = Callable[[Coroutine[Any, Any, Any]], Any]
+
+DRIVERS = ["asyncpg", "psycopg", "aiomysql", "aiosqlite"]
+
+
+@pytest.fixture(params=DRIVERS)
+def url(request: pytest.FixtureRequest) -> str:
+    """The URL of an empty database, with each async driver."""
+    kind = {"asyncpg": "postgres", "psycopg": "postgres", "aiomysql": "mysql"}.get(request.param)
+    found = make_url(request.getfixturevalue(f"{kind or 'sqlite'}_url"))
+    drivername = f"{found.get_backend_name()}+{request.param}"
+    return found.set(drivername=drivername).render_as_string(hide_password=False)
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def run_main(request: pytest.FixtureRequest) -> RunMain:
+    """`asyncio.run` of either loop."""
+    module: Any = pytest.importorskip(request.param)
+    run: RunMain = module.run
+    return run
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def new_loop(request: pytest.FixtureRequest) -> Callable[[], asyncio.AbstractEventLoop]:
+    """`new_event_loop` of either loop."""
+    module: Any = pytest.importorskip(request.param)
+    make: Callable[[], asyncio.AbstractEventLoop] = module.new_event_loop
+    return make
+
+
+async def use(database: Database) -> AsyncEngine:
+    """Open two connections, and put them back into the pool."""
+    engine = database.async_engine
+    async with engine.connect() as first, engine.connect() as second:
+        for connection in (first, second):
+            assert (await connection.execute(text("select 1"))).scalar() == 1
+    return engine
+
+
+def threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if "_connection_worker" in thread.name}
+
+
+def nothing_is_open(url: str) -> bool:
+    """Whether server and process have let go of all connections, within a moment."""
+    end = time.monotonic() + 10
+    while threads() or (not url.startswith("sqlite") and connections(url)):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def test_one_run_after_the_other_each_leaves_nothing(url: str, run_main: RunMain) -> None:
+    """Two `asyncio.run()` of one `Database` never meet the other's loop, and the end of each
+    closes its connections, without anybody asking for it."""
+    database = Database(url)
+    first = run_main(use(database))
+    assert nothing_is_open(url)
+    second = run_main(use(database))
+    assert nothing_is_open(url)
+    assert first is not second
+
+
+def test_two_threads_with_loops_at_once(url: str) -> None:
+    """Each has connections of its own."""
+    database = Database(url)
+    together = threading.Barrier(2, timeout=10)
+    engines: list[AsyncEngine] = []
+
+    async def main() -> None:
+        for _ in range(5):
+            together.wait()
+            engine = await use(database)
+        engines.append(engine)
+
+    workers = [threading.Thread(target=asyncio.run, args=(main(),)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(set(engines)) == 2
+    assert nothing_is_open(url)
+
+
+def test_a_loop_that_was_just_closed_is_cleared_up_at_the_next_use(
+    url: str,
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Nobody shut its async generators down. The next loop's first use closes its connections,
+    says so in one WARNING without the password, and leaves Python nothing to complain about.
+    (uvloop complains itself when it is closed.)"""
+    database = Database(url)
+    loop = new_loop()
+    loop.run_until_complete(use(database))
+    is_uvloop = type(loop).__module__.startswith("uvloop")
+    with warnings.catch_warnings():
+        if is_uvloop:
+            warnings.simplefilter("ignore", ResourceWarning)
+        loop.close()
+        with caplog.at_level(logging.WARNING, "repom"):
+            with asyncio.Runner() as runner:
+                runner.run(use(database))
+                if not is_uvloop:  # whose sockets are closed by its own clearing up
+                    assert nothing_else_is_open(url, count=2)
+        gc.collect()
+    [message] = warnings_of_repom(caplog)
+    assert message.startswith("2 connection(s) to ")
+    assert "asyncio.run()" in message
+    assert nothing_is_open(url)
+
+
+def warnings_of_repom(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """asyncio's debug mode logs what is slow, too."""
+    return [record.getMessage() for record in caplog.records if record.name == "repom"]
+
+
+def nothing_else_is_open(url: str, *, count: int) -> bool:
+    end = time.monotonic() + 10
+    while (len(threads()) if url.startswith("sqlite") else len(connections(url))) > count:
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+@pytest.mark.leaves_connections("the server does not notice before its query has ended")
+def test_tasks_of_a_closed_loop_are_left_alone(
+    postgres_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that was waiting for its query is not woken on the next loop, where it could do
+    anything."""
+    database = Database(postgres_url)
+    went_on = []
+
+    async def query() -> None:
+        async with database.async_engine.connect() as connection:
+            try:
+                await connection.execute(text("select pg_sleep(60)"))
+            finally:
+                went_on.append(asyncio.get_running_loop())
+
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(query())
+    end = time.monotonic() + 10
+    while not any("pg_sleep" in found.query for found in connections(postgres_url)):
+        assert time.monotonic() < end
+        loop.run_until_complete(asyncio.sleep(0.01))
+    loop.close()
+    with caplog.at_level(logging.WARNING, "repom"):
+        asyncio.run(use(database))
+    assert [message[:15] for message in warnings_of_repom(caplog)] == ["1 connection(s)"]
+    assert went_on == []
+    # The rest is about this test: let the task go without a complaint.
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        del task
+        gc.collect()
+
+
+async def test_after_dispose_the_next_use_opens_new_connections(url: str) -> None:
+    """`dispose()` closes what there is, twice if asked to, and ends nothing for good."""
+    database = Database(url)
+    first = await use(database)
+    await database.dispose()
+    await database.dispose()
+    assert nothing_is_open(url)
+    assert await use(database) is not first
+    await database.dispose()
+    assert nothing_is_open(url)
+
+
+async def test_a_connection_in_use_is_closed_when_it_comes_back(url: str) -> None:
+    """`dispose()` lets it finish; SQLAlchemy alone would then keep it open for ever."""
+    database = Database(url)
+    engine = database.async_engine
+    async with engine.connect() as connection:
+        await connection.execute(text("select 1"))
+        await database.dispose()
+        assert (await connection.execute(text("select 1"))).scalar() == 1
+    assert nothing_is_open(url)
+    async with engine.connect() as connection:  # by somebody who has kept the engine
+        await connection.execute(text("select 1"))
+    assert nothing_is_open(url)
+
+
+def test_an_unfinished_async_generator_does_not_keep_its_connection(url: str) -> None:
+    """The end of `asyncio.run()` closes generators at the same time as it disposes."""
+    database = Database(url)
+
+    async def numbers() -> AsyncGenerator[int, None]:
+        async with database.async_engine.connect() as connection:
+            for n in (1, 2):
+                await connection.execute(text("select 1"))
+                yield n
+
+    kept = []
+
+    async def main() -> None:
+        generator = numbers()
+        kept.append(generator)
+        assert await anext(generator) == 1
+
+    asyncio.run(main())
+    assert nothing_is_open(url)
+
+
+def test_outside_a_loop_there_is_no_async_engine(sqlite_url: str) -> None:
+    """asyncio's own error says so."""
+    with pytest.raises(RuntimeError, match="no running event loop"):
+        _ = Database(sqlite_url).async_engine
+
+
+async def test_one_loop_has_one_engine(sqlite_url: str) -> None:
+    """Whoever asks, and from whichever task."""
+    database = Database(sqlite_url)
+
+    async def ask() -> AsyncEngine:
+        return database.async_engine
+
+    assert await asyncio.create_task(ask()) is database.async_engine
+    async with aclosing(_engines(database)) as engines:
+        async for engine in engines:
+            assert engine is database.async_engine
+    await database.dispose()
+
+
+async def _engines(database: Database) -> AsyncGenerator[AsyncEngine, None]:
+    yield database.async_engine

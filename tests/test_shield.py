@@ -1,0 +1,191 @@
+"""`run_to_end`: nothing stops the end of a unit of work but its time limit."""
+
+import asyncio
+import contextlib
+import gc
+import weakref
+
+import anyio
+import pytest
+
+from repom import shield
+from repom.shield import EndingTask, Guard, run_to_end
+from tests.support.units import CANCELLING, Cancelling, cancelled_at, counted_turns
+
+LIMIT = 5.0
+
+
+class RefusedError(Exception):
+    pass
+
+
+async def steps(log: list[int], count: int = 3) -> str:
+    for number in range(count):
+        await asyncio.sleep(0)
+        log.append(number)
+    return "done"
+
+
+async def test_returns_what_the_ending_returns() -> None:
+    assert await run_to_end(steps([]), limit=LIMIT) == "done"
+
+
+async def test_raises_what_the_ending_raises() -> None:
+    async def fail() -> None:
+        raise RefusedError
+
+    with pytest.raises(RefusedError):
+        await run_to_end(fail(), limit=LIMIT)
+
+
+@pytest.mark.parametrize("how", CANCELLING)
+async def test_ending_is_done_before_the_cancellation_comes_out(how: Cancelling) -> None:
+    """However the caller is cancelled, it hears of it when all steps are done."""
+    log: list[int] = []
+    seen: list[int] = []
+
+    async def caller() -> None:
+        try:
+            await run_to_end(steps(log), limit=LIMIT)
+        finally:
+            seen.extend(log)
+
+    assert await cancelled_at(1, how, caller())
+    assert seen == [0, 1, 2]
+
+
+async def test_pending_cancellation_does_not_keep_the_ending_from_starting() -> None:
+    """A task that is cancelled before it reaches the ending runs it all the same."""
+    log: list[int] = []
+
+    async def caller() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await run_to_end(steps(log), limit=LIMIT)
+
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.create_task(caller())
+    assert log == [0, 1, 2]
+
+
+async def test_error_of_the_ending_is_the_cause_of_the_cancellation() -> None:
+    """A caller that was cancelled meanwhile still learns that COMMIT had failed."""
+    going_on = asyncio.Event()
+
+    async def fail() -> None:
+        await going_on.wait()
+        raise RefusedError
+
+    task = asyncio.create_task(run_to_end(fail(), limit=LIMIT))
+    await asyncio.sleep(0)
+    task.cancel()
+    asyncio.get_running_loop().call_soon(going_on.set)
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await task
+    assert isinstance(caught.value.__cause__, RefusedError)
+
+
+async def test_waiting_under_a_cancelled_scope_costs_no_turns_of_the_loop() -> None:
+    """anyio repeats its cancellation on every turn of the loop; the shield stops that."""
+    release = asyncio.Event()
+    with counted_turns() as turns, anyio.CancelScope() as scope:
+        asyncio.get_running_loop().call_soon(scope.cancel)
+        asyncio.get_running_loop().call_later(0.05, release.set)
+        await run_to_end(release.wait(), limit=LIMIT)
+    assert scope.cancelled_caught
+    assert release.is_set()
+    assert turns[0] < 25
+
+
+async def test_time_limit_cancels_the_ending() -> None:
+    """What hangs is cancelled by the limit, and only by it does it count as expired."""
+    expired = []
+
+    async def hang() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            task = asyncio.current_task()
+            assert isinstance(task, EndingTask)
+            expired.append(task.expired)
+
+    with pytest.raises(asyncio.CancelledError):
+        await run_to_end(hang(), limit=0.01)
+    assert expired == [True]
+
+
+async def test_time_limit_insists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ending whose next step hangs, too, is cancelled again."""
+    monkeypatch.setattr(shield, "_INSIST_EVERY", 0.01)
+    cancelled = []
+
+    async def hang() -> str:
+        for _ in range(3):
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                cancelled.append(True)
+        return "done"
+
+    assert await run_to_end(hang(), limit=0.01) == "done"
+    assert cancelled == [True] * 3
+
+
+async def test_timeouts_inside_the_ending_work() -> None:
+    """Pools and drivers limit their waiting by cancelling the task they run in."""
+
+    async def connect() -> None:
+        async with asyncio.timeout(0.01):
+            await asyncio.Event().wait()
+
+    with pytest.raises(TimeoutError):
+        await run_to_end(connect(), limit=LIMIT)
+
+
+def test_end_of_asyncio_run_waits_for_a_guarded_ending() -> None:
+    """`asyncio.run()` cancels the tasks that are left; a guarded ending goes on to its end."""
+    log: list[int] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        Guard(EndingTask(steps(log, 20), loop=loop, limit=LIMIT), name="end of a test")
+
+    asyncio.run(main())
+    assert log == list(range(20))
+
+
+async def test_nobody_else_can_find_an_ending() -> None:
+    """What a server cancels when it stops, `asyncio.all_tasks()`, does not have it."""
+    loop = asyncio.get_running_loop()
+    before = asyncio.all_tasks()
+    task = EndingTask(steps([]), loop=loop, limit=LIMIT)
+    assert asyncio.all_tasks() == before
+    await task
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["succeeds", "fails"])
+async def test_ending_is_freed_without_the_garbage_collector(fails: bool) -> None:
+    """No reference cycle is left, also when the ending has raised."""
+
+    class Held:
+        pass
+
+    async def end(held: Held) -> None:
+        await asyncio.sleep(0)
+        if fails:
+            raise RefusedError
+
+    held = Held()
+    gone = weakref.ref(held)
+    coro = end(held)
+    del held
+    gc.disable()
+    try:
+        with contextlib.suppress(RefusedError):
+            await run_to_end(coro, limit=LIMIT)
+        del coro
+        await asyncio.sleep(0)
+        assert gone() is None
+    finally:
+        gc.enable()
