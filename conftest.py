@@ -19,6 +19,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 from repom import registry
 from repom.config import reset_config
+from repom.models import Base
 
 _SETTINGS = ("DATABASE_URL", "REPOM_DATABASE_URL", "CONFIG_HOOK")
 _before: dict[str, Any] = {}
@@ -46,7 +47,9 @@ def _setup(namespace: dict[str, Any]) -> None:
     )
     os.chdir(folder.name)
     sys.path.insert(0, folder.name)
-    namespace.update(client_of=client_of, asyncio=asyncio, docs=_before["cwd"] / "docs")
+    # As a script's: pydantic looks for the annotations of a class in the module of its name.
+    namespace.update(__name__="__main__", docs=_before["cwd"] / "docs")
+    namespace.update(client_of=client_of, asyncio=asyncio)
 
 
 def _teardown(namespace: dict[str, Any]) -> None:
@@ -54,6 +57,9 @@ def _teardown(namespace: dict[str, Any]) -> None:
         database.dispose_sync()
     registry.forget_configured()
     reset_config()
+    # The next guide maps its own Article. Tests, which map theirs at import, have run before.
+    Base.metadata.clear()
+    Base.registry.dispose()
     sys.path.remove(_before["folder"].name)
     os.chdir(_before["cwd"])
     for name in _SETTINGS:

@@ -3,7 +3,7 @@
 from importlib.metadata import version as installed_version
 
 project = "repom"
-copyright = "repom contributors, MIT licence"
+project_copyright = "repom contributors, MIT licence"
 release = version = installed_version("repom")
 
 extensions = ["myst_parser"]

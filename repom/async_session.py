@@ -15,7 +15,7 @@ from repom import deferred, finish
 from repom.context import surroundings
 from repom.current import Outside, databases_here, open_scope_here
 from repom.database import Database
-from repom.loop_exit import AsyncForms, as_async_generator_function
+from repom.forms import AsyncForms, as_async_generator_function
 from repom.registry import DEFAULT
 from repom.scope import SessionScope
 from repom.transaction import new_scope
@@ -70,7 +70,7 @@ def get_async_db_session(database: str | Database | None = None) -> AsyncForms[A
 
 
 class _AsyncUnit:
-    """One use of `get_async_db_session`: see `repom.loop_exit.AsyncWork`."""
+    """One use of `get_async_db_session`: see `repom.forms.AsyncWork`."""
 
     def __init__(self, database: str | Database | None) -> None:
         self._database = database

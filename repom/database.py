@@ -85,7 +85,7 @@ class Database:
         self.session_kwargs = {**SESSION_DEFAULTS, **(session_kwargs or {})}
         self.session_class = session_class
         self.sync_session_class = sync_session_class
-        self.sqlite_begin = sqlite_begin
+        self.sqlite_begin: Begin | None = sqlite_begin
         self.pgbouncer = pgbouncer
         self.is_sqlite = is_sqlite(self.url)
         self._async_engines = LoopEngines(

@@ -19,10 +19,16 @@ class Databases:
 
     Args:
         given: by name; a URL or a configuration stands for a `Database` made of it.
+        default: what "default" means here. A name is looked up when it is used.
     """
 
-    def __init__(self, given: Mapping[str, Database | RepomConfig | str | URL]) -> None:
+    def __init__(
+        self,
+        given: Mapping[str, Database | RepomConfig | str | URL],
+        default: str | Database = DEFAULT,
+    ) -> None:
         self._by_name = {name: _database(name, value) for name, value in given.items()}
+        self._default = default
 
     def __getitem__(self, database: str | Database | None) -> Database:
         """The database of that name; a `Database` is itself, None is the default.
@@ -30,23 +36,24 @@ class Databases:
         Raises:
             UnknownDatabaseError: neither given nor configured.
         """
-        if isinstance(database, Database):
-            return database
-        name = DEFAULT if database is None else database
+        name = self._default if database is None or database == DEFAULT else database
+        if isinstance(name, Database):
+            return name
         found = self._by_name.get(name)
         return found if found is not None else get_database(name)
 
     def items(self) -> list[tuple[str, Database]]:
         """The databases that were given, in that order."""
-        return list(self._by_name.items())
+        given = dict(self._by_name)
+        if self._default != DEFAULT:
+            given[DEFAULT] = self[DEFAULT]
+        return list(given.items())
 
     def overlaid(self, database: str | Database | None) -> Databases:
         """These databases, with `database` as the default one."""
         if database is None or database == DEFAULT:
             return self
-        databases = Databases({})
-        databases._by_name = {**self._by_name, DEFAULT: self[database]}
-        return databases
+        return Databases(self._by_name, database)
 
 
 #: Only what the configuration of this process names.
@@ -95,8 +102,9 @@ def as_databases(
     """What an application gave to name its databases.
 
     Args:
-        database: a `Database`; a URL; the name of a configured one; a mapping of names to
-            any of these; or None for what is configured.
+        database: a `Database`; a URL; the name of a configured one, which is looked up when
+            it is used; a mapping of names to databases, configurations and URLs; or None for
+            what is configured.
     """
     if database is None:
         return CONFIGURED

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from repom import deferred, finish
 from repom.current import databases_here, open_scope_here
 from repom.database import Database
-from repom.loop_exit import Forms, as_generator_function
+from repom.forms import Forms, as_generator_function
 from repom.registry import DEFAULT
 from repom.scope import SessionScope
 from repom.transaction import new_scope
@@ -49,7 +49,7 @@ def get_db_transaction(database: str | Database | None = None) -> Forms[Session]
 
 
 class _Unit:
-    """One use of `get_db_session`: see `repom.loop_exit.Work`."""
+    """One use of `get_db_session`: see `repom.forms.Work`."""
 
     def __init__(self, database: str | Database | None) -> None:
         self._database = database

@@ -13,6 +13,7 @@ transaction (https://docs.sqlalchemy.org/en/21/orm/session_transaction.html).
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -49,9 +50,13 @@ def create_async_test_fixtures(
         without a pool, which any event loop can use; the second an `AsyncSession`.
     """
 
+    @functools.cache
+    def tested() -> Database:
+        return as_databases(database)[None]
+
     @pytest.fixture(scope="session")
     def async_db_engine() -> AsyncEngine:
-        engine = as_databases(database)[None].new_async_engine(poolclass=NullPool)
+        engine = tested().new_async_engine(poolclass=NullPool)
         # In a thread, so that it does not matter whether a loop is running in this one.
         with ThreadPoolExecutor(1) as thread:
             thread.submit(asyncio.run, _create_all(engine, metadata)).result()
@@ -61,7 +66,7 @@ def create_async_test_fixtures(
     async def async_db_test(async_db_engine: AsyncEngine) -> AsyncIterator[AsyncSession]:
         async with async_db_engine.connect() as connection:
             transaction = await connection.begin()
-            session_class = as_databases(database)[None].session_class
+            session_class = tested().session_class
             async with session_class(connection, **_JOINED) as session:
                 yield session
             await transaction.rollback()
@@ -78,9 +83,13 @@ def create_test_fixtures(
         database: as for `create_async_test_fixtures`, like the other one.
     """
 
+    @functools.cache
+    def tested() -> Database:
+        return as_databases(database)[None]
+
     @pytest.fixture(scope="session")
     def db_engine() -> Engine:
-        engine = as_databases(database)[None].new_engine(poolclass=NullPool)
+        engine = tested().new_engine(poolclass=NullPool)
         _metadata(metadata).create_all(engine)
         return engine
 
@@ -88,7 +97,7 @@ def create_test_fixtures(
     def db_test(db_engine: Engine) -> Iterator[Session]:
         with db_engine.connect() as connection:
             transaction = connection.begin()
-            session_class = as_databases(database)[None].sync_session_class
+            session_class = tested().sync_session_class
             with session_class(connection, **_JOINED) as session:
                 yield session
             transaction.rollback()

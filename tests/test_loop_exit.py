@@ -7,7 +7,6 @@ are compiled in both kinds: `{for_}` and friends stand for the two spellings.
 import asyncio
 import contextlib
 import dis
-import doctest
 import functools
 import gc
 import inspect
@@ -28,7 +27,7 @@ from fastapi import Depends, FastAPI, HTTPException
 
 from repom import loop_exit
 from repom.errors import ScopeError
-from repom.loop_exit import (
+from repom.forms import (
     AsyncForms,
     Forms,
     as_async_generator_function,
@@ -794,7 +793,7 @@ def test_interrupted_while_judging(log: Log, monkeypatch: Any) -> None:
     def interrupted(self: object) -> tuple[bool, str]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop_exit._Witness, "dropped", interrupted)
+    monkeypatch.setattr(loop_exit.Witness, "dropped", interrupted)
     for _ in Forms(lambda: SyncWork(log)):
         break
     assert log == ROLLBACK
@@ -1455,13 +1454,6 @@ async def test_fastapi_shows_no_parameters(log: Log) -> None:
 
 
 # --- documentation and types ----------------------------------------------------------------
-
-
-def test_examples() -> None:
-    """The examples in the docstrings run."""
-    results = doctest.testmod(loop_exit)
-    assert results.attempted
-    assert not results.failed
 
 
 async def test_types(log: Log) -> None:

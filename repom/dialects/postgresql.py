@@ -98,14 +98,15 @@ def _make_truthful(dbapi_connection: Any, record: Any) -> None:
     # Afterwards, and not by `connection_class`, so that connections which the application
     # makes itself (`async_creator`) cannot be without it.
     connection = dbapi_connection.driver_connection
-    connection.__class__ = _truthful(type(connection))
+    base: Any = type(connection)
+    connection.__class__ = _truthful(base)
 
 
 @functools.cache
-def _truthful(base: type[Any]) -> type[Any]:
+def _truthful(base: Any) -> Any:
     """A connection class of asyncpg that does not take ROLLBACK for an answer to COMMIT."""
 
-    class TruthfulConnection(base):
+    class TruthfulConnection(base):  # type: ignore[misc]
         __slots__ = ()
 
         async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:  # noqa: ASYNC109 - asyncpg's

@@ -25,6 +25,7 @@ from repom.dialects import Support, support_for
 from repom.errors import CommitOutcomeUnknown, DatabaseUnreachableError, TransactionAbortedError
 from tests.dialects.drivers import KINDS, Driver, open_driver
 from tests.support.faultproxy import FaultProxy
+from tests.support.polling import until
 from tests.support.reader import connections, execute, rows
 
 PASSWORD = "s3cret-Pa55"
@@ -332,6 +333,10 @@ async def test_a_connection_lost_in_a_statement_is_an_ordinary_error(postgres_ur
     await driver.database.dispose()
 
 
+def is_committing(url: str) -> bool:
+    return any(found.state == "active" and "COMMIT" in found.query for found in connections(url))
+
+
 async def test_a_commit_that_is_cancelled_frees_the_connection(postgres_url: str) -> None:
     """Outside a scope nothing shields COMMIT: cancelled, it raises just that, and its
     connection is closed."""
@@ -353,18 +358,13 @@ async def test_a_commit_that_is_cancelled_frees_the_connection(postgres_url: str
             await connection.execute(text("insert into slow values (1)"))
 
     task = asyncio.create_task(write())
-    while not any("COMMIT" in found.query and found.state == "active" for found in busy(driver)):
-        await asyncio.sleep(0.01)
+    await until(lambda: is_committing(postgres_url))
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    for found in busy(driver):
+    for found in connections(postgres_url):
         execute(postgres_url, "select pg_terminate_backend(%s, 5000)", found.id)
     await driver.database.dispose()
-
-
-def busy(driver: Driver) -> Any:
-    return connections(driver.url)
 
 
 # --- connecting -------------------------------------------------------------------------------
@@ -404,7 +404,8 @@ async def test_an_unreachable_server_is_one_error_for_all_drivers(
     if wrong == "database":  # the server has to let us in first
         url = url.set(password=make_url(request.getfixturevalue(KINDS[name].fixture)).password)
     driver = Driver(name, url.set(**changes[wrong]).render_as_string(hide_password=False))
-    with pytest.raises(DatabaseUnreachableError, match=str(list(changes[wrong].values())[0])) as e:
+    [named] = changes[wrong].values()
+    with pytest.raises(DatabaseUnreachableError, match=str(named)) as e:
         await connect(driver)
     assert isinstance(e.value, ConnectionError)
     assert isinstance(e.value.__cause__, Exception)
@@ -498,7 +499,9 @@ def test_one_poolclass_serves_both_worlds(
     assert issubclass(used, QueuePool) or not kwargs.keys() & QUEUE.keys()
 
 
-@pytest.mark.parametrize("poolclass", [None, NullPool, StaticPool, QueuePool, AsyncAdaptedQueuePool])
+@pytest.mark.parametrize(
+    "poolclass", [None, NullPool, StaticPool, QueuePool, AsyncAdaptedQueuePool]
+)
 async def test_the_default_pool_options_never_stop_an_engine_from_being_made(
     database_url: str, poolclass: type[Pool] | None
 ) -> None:
@@ -507,7 +510,7 @@ async def test_the_default_pool_options_never_stop_an_engine_from_being_made(
     database = Database(database_url, engine_kwargs=kwargs)
     engines: list[AsyncEngine | Engine] = [database.async_engine, database.engine]
     for engine in engines:
-        assert isinstance(engine.pool, poolclass or QueuePool) or isinstance(engine.pool, QueuePool)
+        assert isinstance(engine.pool, (poolclass or QueuePool, QueuePool))
     await database.ping()
     await database.dispose()
 

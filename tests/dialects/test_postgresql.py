@@ -1,7 +1,5 @@
 """PostgreSQL: what only its drivers need."""
 
-import asyncio
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -17,6 +15,7 @@ from repom.dialects import support_for
 from repom.dialects.postgresql import sqlstate
 from repom.errors import TransactionAbortedError
 from tests.dialects.drivers import Driver, Work, open_driver
+from tests.support.polling import until
 from tests.support.reader import connections, execute, rows
 
 
@@ -105,10 +104,7 @@ async def test_a_transaction_ended_for_being_idle_is_an_ordinary_error(
     async with open_driver(request, name) as driver:
         async with driver.work() as work:
             await run(work, "set local idle_in_transaction_session_timeout = 10")
-            end = time.monotonic() + 10
-            while connections(driver.url):
-                assert time.monotonic() < end
-                await asyncio.sleep(0.01)
+            await until(lambda: not connections(driver.url))
             assert isinstance(await work.commit(), DBAPIError)
         async with driver.work() as work:
             await run(work, "select 1")

@@ -27,6 +27,7 @@ from repom.dialects.sqlite import SQLite, private_memory
 from repom.dialects.write_queue import WriteQueue, write_queue
 from repom.errors import ConfigurationError, DatabaseFileError, WouldDeadlockError
 from tests.dialects.drivers import Driver, open_driver
+from tests.support.polling import until
 from tests.support.reader import execute, rows
 
 NOBODY = 65534  # the user id
@@ -70,14 +71,6 @@ def is_locked(url: str) -> bool:
     return False
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait until `condition` holds."""
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        await asyncio.sleep(0.001)
-
-
 def no_thread_of_aiosqlite() -> bool:
     """False for a moment after a failed connect: aiosqlite does not wait for its thread."""
     return not any("_connection_worker" in thread.name for thread in threading.enumerate())
@@ -95,9 +88,9 @@ async def test_a_savepoint_after_a_select_is_really_rolled_back(driver: Driver) 
 
     def work_(session: Session) -> None:
         session.execute(text("select * from t"))
-        with pytest.raises(ZeroDivisionError), session.begin_nested():
-            session.execute(text("insert into t values (1)"))
-            raise ZeroDivisionError
+        savepoint = session.begin_nested()
+        session.execute(text("insert into t values (1)"))
+        savepoint.rollback()
         with session.begin_nested():
             session.execute(text("insert into t values (2)"))
         session.rollback()
@@ -303,7 +296,8 @@ async def test_a_creator_is_refused(sqlite_url: str, option: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["with space.db", "100%25.db", "what?.db", "größe.db", "日本.db", "a#b&c=d.db", "'q'.db"]
+    "name",
+    ["with space.db", "100%25.db", "what?.db", "größe.db", "日本.db", "a#b&c=d.db", "'q'.db"],
 )
 async def test_a_file_may_have_any_name(tmp_path: Path, name: str) -> None:
     """Sync and async engines open exactly this file."""
@@ -314,7 +308,7 @@ async def test_a_file_may_have_any_name(tmp_path: Path, name: str) -> None:
     with database.engine.connect() as sync_connection:
         assert sync_connection.execute(text("select * from t")).all() == []
     await database.dispose()
-    assert [found.name for found in tmp_path.iterdir()] == [name]
+    assert os.listdir(tmp_path) == [name]
 
 
 async def test_the_folder_of_the_file_is_made(tmp_path: Path) -> None:
@@ -405,7 +399,7 @@ async def test_a_missing_file_opened_for_reading_is_an_error(tmp_path: Path) -> 
     database = Database(f"sqlite:///file:{tmp_path}/gone/db?mode=ro&uri=true")
     with pytest.raises(DatabaseFileError, match=f"{tmp_path}/gone/db"):
         await database.ping()
-    assert list(tmp_path.iterdir()) == []
+    assert os.listdir(tmp_path) == []
     await database.dispose()
     await until(no_thread_of_aiosqlite)
 
@@ -601,7 +595,9 @@ async def test_waiting_for_too_long_is_an_error_that_says_so(sqlite_url: str, na
     path = make_url(sqlite_url).database or ""
     place = write_queue(path).acquire("somebody", 0)
     async with driver.work(WRITER) as work:
-        with pytest.raises(OperationalError, match=rf"waited 0\.05 s for .* writers of {path}") as e:
+        with pytest.raises(
+            OperationalError, match=rf"waited 0\.05 s for .* writers of {path}"
+        ) as e:
             await work.do(statement("select * from t"))
         assert isinstance(e.value.orig, sqlite3.OperationalError)
     place.release()

@@ -5,28 +5,20 @@ import gc
 import os
 import signal
 import threading
-import time
 import weakref
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from repom.dialects.write_queue import Ticket, WriteQueue, write_queue
+from tests.support.polling import block_until
 
 FOREVER = 60.0
 
 
 def length(queue: WriteQueue) -> int:
     return len(queue._line)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 def test_first_come_first_served_across_threads_and_loops() -> None:
@@ -51,7 +43,7 @@ def test_first_come_first_served_across_threads_and_loops() -> None:
         thread = threading.Thread(target=work, args=(number,))
         thread.start()
         threads.append(thread)
-        wait_for(lambda number=number: length(queue) == number + 2)  # type: ignore[misc]
+        block_until(lambda number=number: length(queue) == number + 2)  # type: ignore[misc]
     first.release()
     for thread in threads:
         thread.join()
@@ -138,7 +130,7 @@ def test_a_task_of_a_closed_loop_passes_the_turn_on() -> None:
     second: list[Ticket] = []
     thread = threading.Thread(target=lambda: second.append(queue.acquire("second", FOREVER)))
     thread.start()
-    wait_for(lambda: length(queue) == 3)
+    block_until(lambda: length(queue) == 3)
     first.release()
     thread.join()
     assert queue.holder() == "second"
@@ -160,7 +152,7 @@ def test_a_thread_interrupted_while_it_waits_leaves_the_line() -> None:
     before = signal.signal(signal.SIGUSR1, interrupt)
 
     def when_waiting() -> None:
-        wait_for(lambda: length(queue) == 2)
+        block_until(lambda: length(queue) == 2)
         os.kill(os.getpid(), signal.SIGUSR1)
 
     thread = threading.Thread(target=when_waiting)

@@ -399,3 +399,19 @@ def test_test_fixtures(tmp_path: Path, database_url: str, mode: str) -> None:
     )  # fmt: skip
     assert "4 passed" in result.stdout, result.stdout + result.stderr
     assert rows(database_url, "SELECT * FROM usage_user") == []
+
+
+def test_test_fixtures_on_a_memory_database(tmp_path: Path) -> None:
+    """`sqlite://` lives as long as the run, so the schema is there in every test."""
+    conftest = CONFTEST.replace("fixtures()", 'fixtures("sqlite://")')
+    for name, text in {"conftest": conftest, "models": MODELS, "test_it": TESTS}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "pytest", "-q", "-p", "no:cacheprovider",
+         "-o", "asyncio_default_fixture_loop_scope=function"],
+        cwd=tmp_path,
+        env={"PATH": ""},
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert "4 passed" in result.stdout, result.stdout + result.stderr

@@ -4,9 +4,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import pytest
 from sqlalchemy import Column, Integer, MetaData, String, Table, insert
 
 from repom import Database, current_session, current_sync_session
+from repom.config import reset_config
+from repom.registry import forget_configured, get_database
 from tests.support.asgi import ASGIApp, Message, Receive, Scope, Send
 from tests.support.reader import execute, rows
 
@@ -43,6 +46,24 @@ async def notes_database(url: str, **kwargs: Any) -> AsyncIterator[Database]:
         yield database
     finally:
         await database.dispose()
+
+
+@asynccontextmanager
+async def configured_notes_database(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Database]:
+    """The same, as the default database of the configuration."""
+    create_notes(url)
+    monkeypatch.delenv("CONFIG_HOOK", raising=False)
+    monkeypatch.setenv("REPOM_DATABASE_URL", url)
+    reset_config()
+    forget_configured()
+    try:
+        yield get_database()
+    finally:
+        await get_database().dispose()
+        reset_config()
+        forget_configured()
 
 
 def notes(url: str) -> list[str]:

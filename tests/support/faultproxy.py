@@ -73,7 +73,7 @@ class FaultProxy:
                 cut = asyncio.Event()
                 pumps.create_task(self._to_server(reader, server_writer, cut))
                 pumps.create_task(self._to_client(server_reader, writer, cut))
-        except* (_Ended, OSError):
+        except* (_EndedError, OSError):
             pass
         finally:
             _reset(writer)
@@ -86,11 +86,11 @@ class FaultProxy:
             if self._needle is not None and self._needle in data:
                 self._needle = None
                 if not self._server_sees_it:
-                    raise _Ended
+                    raise _EndedError
                 cut.set()
             writer.write(data)
             await writer.drain()
-        raise _Ended
+        raise _EndedError
 
     async def _to_client(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, cut: asyncio.Event
@@ -100,10 +100,10 @@ class FaultProxy:
                 break
             writer.write(data)
             await writer.drain()
-        raise _Ended
+        raise _EndedError
 
 
-class _Ended(Exception):
+class _EndedError(Exception):
     """This side has nothing more to send."""
 
 
