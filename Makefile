@@ -21,14 +21,18 @@ $(VENV)/.%: pyproject.toml
 
 .PHONY: test
 test: $(VENV)/.test,users  ## all tests; PostgreSQL and MariaDB where they are reachable
-	$(VENV)/bin/python -X dev -m pytest --cov $(ARGS)
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+.PHONY: coverage
+coverage: $(VENV)/.test,users  ## the same, with the lines and branches that no test has run
+	$(VENV)/bin/python -m pytest --cov --cov-report=term-missing $(ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.test,users,lint  ## style and types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 .PHONY: docs
 docs: $(VENV)/.docs  ## the documentation as HTML

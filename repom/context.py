@@ -20,6 +20,7 @@ class Surroundings(Protocol):
     @property
     def in_transaction(self) -> bool:
         """Whether it holds an open transaction."""
+        ...
 
 
 surroundings: ContextVar[Surroundings | None] = ContextVar("repom_scope", default=None)

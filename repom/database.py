@@ -135,11 +135,10 @@ class Database:
         Raises:
             ConfigurationError: the URL has no sync driver, or it is not installed.
         """
-        if self._sync_engine is None:
-            with self._mutex:
-                if self._sync_engine is None:
-                    self._sync_engine = self.new_engine()
-        return self._sync_engine
+        with self._mutex:
+            if self._sync_engine is None:
+                self._sync_engine = self.new_engine()
+            return self._sync_engine
 
     def async_bind(self, options: BeginOptions) -> AsyncEngine:
         """The running loop's engine, for sessions whose transactions begin as `options` say."""

@@ -13,6 +13,7 @@ from collections.abc import Coroutine
 from contextvars import ContextVar
 from typing import Any
 
+from repom.errors import TransactionError
 from repom.shield import EndingTask, Guard
 
 logger = logging.getLogger("repom")
@@ -57,7 +58,7 @@ def end_later(ending: Coroutine[Any, Any, None], *, limit: float, label: str) ->
         error = _error_of(task)
         if error is not None:
             failures.append(error)
-            log_failure(label, error)
+            _log_failure(label, f"async with {label}", error)
             loop.call_exception_handler(
                 {"message": f"repom: COMMIT of {label} failed", "exception": error, "task": task}
             )
@@ -74,8 +75,10 @@ def _error_of(task: EndingTask[None]) -> BaseException | None:
     try:
         return task.exception()
     except asyncio.CancelledError as cancelled:
-        # By its time limit. If that was in the middle of COMMIT, the cause says it.
-        return cancelled.__cause__ or cancelled
+        # By its time limit. Nobody is to be cancelled for that later on.
+        return cancelled.__cause__ or TransactionError(
+            "the end of a unit of work, or a callback of it, did not finish within its time limit."
+        )
 
 
 async def settled() -> None:
@@ -86,9 +89,9 @@ async def settled() -> None:
 
 
 def failed(label: str, error: BaseException) -> None:
-    """Keep the failure of an ending that had no caller to raise it to."""
+    """Keep the failure of a sync ending that had no caller to raise it to."""
     _failures_here().append(error)
-    log_failure(label, error)
+    _log_failure(label, f"with {label}", error)
 
 
 def raise_failure() -> None:
@@ -98,11 +101,12 @@ def raise_failure() -> None:
         raise failures.pop(0)
 
 
-def log_failure(label: str, error: BaseException) -> None:
+def _log_failure(label: str, better: str, error: BaseException) -> None:
     logger.error(
         "COMMIT after leaving the loop of %s failed, when the function had returned already. "
-        "Write `async with get_async_db_session() as session:`, which raises it in place.",
+        "Write `%s as session:`, which raises it in place.",
         label,
+        better,
         exc_info=error,
     )
 

@@ -23,6 +23,7 @@ class Party(Protocol):
     @property
     def name(self) -> str:
         """The name of its database, for messages."""
+        ...
 
 
 P = TypeVar("P", bound=Party)

@@ -8,12 +8,11 @@ import logging
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any
 
-from asgiref.sync import async_to_sync
-
 from repom.callbacks import Callback
 from repom.ending import Steps, close_steps, commit_steps, rollback_steps
 from repom.errors import CommitOutcomeUnknown, PartialCommitError, ScopeError
-from repom.participant import Participant, perform, perform_sync
+from repom.gate import scope_closed
+from repom.participant import perform, perform_sync
 from repom.shield import run_to_end
 
 if TYPE_CHECKING:
@@ -29,8 +28,15 @@ async def end(scope: SessionScope, *, commit: bool) -> None:
         commit: False to roll back.
 
     Raises:
+        ScopeClosedError: the scope is being finished, by which it is decided how it ends.
         BaseException: what COMMIT raised; everything is rolled back then.
     """
+    if commit and not scope.is_open:
+        raise scope_closed()
+    await _end_and_call(scope, commit)
+
+
+async def _end_and_call(scope: SessionScope, commit: bool) -> None:
     try:
         await _end_transactions(scope, commit)
     except Exception:
@@ -47,13 +53,12 @@ async def finish(scope: SessionScope, *, commit: bool) -> None:
     """
     scope.refuse_work()
     try:
-        await end(scope, commit=commit)
+        await _end_and_call(scope, commit)
     finally:
         try:
             # A sibling that was let in before may have begun something since.
-            busy = [p for p in scope.participants if not p.is_quiet]
-            if busy:
-                await run_to_end(_close(busy), limit=scope.end_timeout)
+            if not scope.is_quiet:
+                await run_to_end(_close(scope), limit=scope.end_timeout)
         finally:
             _closed(scope)
 
@@ -75,8 +80,7 @@ def finish_sync(scope: SessionScope, *, commit: bool) -> None:
         end_sync(scope, commit=commit)
     finally:
         try:
-            busy = [p for p in scope.participants if not p.is_quiet]
-            perform_sync(_closing_steps(busy))
+            perform_sync(_closing_steps(scope))
         finally:
             _closed(scope)
 
@@ -93,12 +97,17 @@ async def _end_transactions(scope: SessionScope, commit: bool) -> None:
 
 async def _end(scope: SessionScope, commit: bool) -> None:
     # Runs to its end in any case, so that the callbacks always learn what has happened.
-    try:
-        await perform(_ending_steps(scope, commit))
-    except BaseException as error:
-        _settle_failed(scope, error)
-        raise
-    _settle(scope, commit)
+    was_open = scope.is_open
+    # One end at a time: what one task is about to commit, another must not roll back.
+    async with scope.turn:
+        if commit and was_open and not scope.is_open:
+            raise scope_closed()
+        try:
+            await perform(_ending_steps(scope, commit))
+        except BaseException as error:
+            _settle_failed(scope, error)
+            raise
+        _settle(scope, commit)
 
 
 def _end_transactions_sync(scope: SessionScope, commit: bool) -> None:
@@ -135,12 +144,14 @@ def _settle_failed(scope: SessionScope, error: BaseException) -> None:
         scope.callbacks.rolled_back()
 
 
-async def _close(busy: list[Participant]) -> None:
-    await perform(_closing_steps(busy))
+async def _close(scope: SessionScope) -> None:
+    async with scope.turn:
+        await perform(_closing_steps(scope))
 
 
-def _closing_steps(busy: list[Participant]) -> Steps:
-    yield from rollback_steps([p for p in busy if p.in_transaction])
+def _closing_steps(scope: SessionScope) -> Steps:
+    busy = [participant for participant in scope.participants if not participant.is_quiet]
+    yield from rollback_steps([participant for participant in busy if participant.in_transaction])
     yield from close_steps(busy)
 
 
@@ -194,7 +205,9 @@ def _run_callbacks_sync(scope: SessionScope) -> None:
             result = _call_sync(scope.for_callback(is_sync=True), callback)
             if inspect.isawaitable(result):
                 _refuse_in_event_loop(result)
-                async_to_sync(_await)(scope.for_callback(), result)
+                # With a factory it leaves alone what this thread has for an event loop.
+                with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+                    runner.run(_await(scope.for_callback(), result))
         except Exception:
             _log_failed(scope, callback)
 

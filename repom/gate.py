@@ -35,14 +35,17 @@ class Gate(Protocol):
     @property
     def is_free(self) -> bool:
         """Whether nobody is inside."""
+        ...
 
     @property
     def is_mine(self) -> bool:
         """Whether the caller is inside."""
+        ...
 
     @property
     def is_contended(self) -> bool:
         """Whether somebody waits."""
+        ...
 
     def enter(self, *, ending: bool = False) -> bool:
         """Wait until it is the caller's turn.
@@ -58,6 +61,7 @@ class Gate(Protocol):
             ScopeClosedError: the scope has ended.
             ConcurrentSessionUse: a sibling does not leave its block.
         """
+        ...
 
     def leave(self) -> None:
         """Let the next one in."""

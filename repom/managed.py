@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from sqlalchemy import event
+from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
@@ -22,6 +23,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 from repom import deferred
 from repom.callbacks import Callbacks
 from repom.context import surroundings
+from repom.dialects.base import aborted
 from repom.errors import ConcurrentSessionUse, InnerCommitError, TransactionError
 from repom.gate import Gate, scope_closed
 
@@ -121,6 +123,9 @@ def _make(base: type[Session]) -> type[Session]:
             if self.repom_cursors and how != "flush":
                 _close_cursors(self)
             endings[how](self)
+        except PendingRollbackError as error:
+            # A flush failed, its error was swallowed, and SQLAlchemy has rolled back.
+            raise aborted() from error
         finally:
             self.repom_callbacks = callbacks
             if entered:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import anyio
@@ -105,10 +106,19 @@ class SyncParticipant(Participant):
         managed = managed_class(database.sync_session_class)
         self.session: Session = managed(database.sync_bind(begin), **database.session_kwargs)
         self.sync_session = self.session
+        self._abandoned = False
         self._manage(ThreadGate(), inner_commits, callbacks)
 
     async def _perform(self, action: Action) -> None:
-        await anyio.to_thread.run_sync(self.perform_sync, action, limiter=_threads())
+        if self._abandoned:
+            return
+        try:
+            await anyio.to_thread.run_sync(self.perform_sync, action, limiter=_threads())
+        except asyncio.CancelledError:  # by the time limit, for nobody else can
+            # A thread cannot be stopped. Another one closes the session when that is done.
+            self._abandoned = True
+            threading.Thread(target=self.perform_sync, args=("close",), daemon=True).start()
+            raise
 
     def perform_sync(self, action: Action) -> None:
         """Do one step of the end, in this thread."""

@@ -63,6 +63,7 @@ class SessionScope:
         "_state",
         "_sync_sessions",
         "_token",
+        "_turn",
         "callbacks",
         "databases",
         "end_timeout",
@@ -88,7 +89,7 @@ class SessionScope:
         self.is_sync = is_sync
         self.callbacks = Callbacks()
         self._begin = begin
-        self._inner_commits = inner_commits
+        self._inner_commits: InnerCommits = inner_commits
         self._state = ScopeState.OPEN
         self._rollback_only = False
         self._participants: dict[Database, Participant] = {}
@@ -97,6 +98,7 @@ class SessionScope:
         self._sync_sessions: dict[str | Database, Session] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._token: Token[Surroundings | None] | None = None
+        self._turn: asyncio.Lock | None = None
         self._mutex = threading.Lock()  # threads of one request may ask at the same time
 
     def __repr__(self) -> str:
@@ -247,9 +249,21 @@ class SessionScope:
         return self.in_transaction or not self.callbacks.is_empty
 
     @property
+    def is_quiet(self) -> bool:
+        """Whether nothing is open and nobody is at work."""
+        return all(participant.is_quiet for participant in self._participants.values())
+
+    @property
     def has_open_cursor(self) -> bool:
         """Whether a result of `session.stream()` may still be read."""
         return any(has_open_cursor(p.sync_session) for p in self.participants)
+
+    @property
+    def turn(self) -> asyncio.Lock:
+        """Held while transactions are ended."""
+        if self._turn is None:
+            self._turn = asyncio.Lock()
+        return self._turn
 
     def enter(self) -> None:
         """Make this the scope of the running context."""
@@ -269,7 +283,8 @@ class SessionScope:
 
     def refuse_work(self) -> None:
         """Refuse new work from now on; what is in flight may finish."""
-        self._state = ScopeState.ENDING
+        if self._state is ScopeState.OPEN:
+            self._state = ScopeState.ENDING
         for participant in self.participants:
             participant.gate.closed = True
 
@@ -288,8 +303,13 @@ class SessionScope:
         )
 
     def closed(self) -> None:
-        """The scope is over: its sessions are no longer given out."""
+        """The scope is over: its sessions are no longer given out, nor kept alive.
+
+        The scope itself may be, by tasks it has left behind and by the pooled connections that
+        were opened in it: each has a copy of the context.
+        """
         self._state = ScopeState.CLOSED
+        self._participants.clear()
         self._async_sessions.clear()
         self._sync_sessions.clear()
 

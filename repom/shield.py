@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from contextvars import Context
 from typing import Any, TypeVar
 
 import anyio
+
+from repom.errors import TransactionError
 
 T = TypeVar("T")
 
 #: Seconds between two attempts to cancel a task that is past its limit.
 _INSIST_EVERY = 5.0
+
+# The loop keeps a cancelled timer until its time has come, and with it what its context holds:
+# by default the unit of work.
+_NOTHING = Context()
 
 
 class EndingTask(asyncio.Task[T]):
@@ -39,17 +46,20 @@ class EndingTask(asyncio.Task[T]):
         super().__init__(coro, loop=loop)
         asyncio._unregister_task(self)
         self.expired = False
-        self._timer = loop.call_later(limit, self._expire)
-        self.add_done_callback(_stop_timer)
+        #: The task on whose behalf it works, if that waits for it.
+        self.caller: asyncio.Task[Any] | None = None
+        self._timer = loop.call_later(limit, self._expire, context=_NOTHING)
+        self.add_done_callback(_let_go)
 
     def _expire(self) -> None:
         self.expired = True
         self.cancel()
-        self._timer = self.get_loop().call_later(_INSIST_EVERY, self._expire)
+        self._timer = self.get_loop().call_later(_INSIST_EVERY, self._expire, context=_NOTHING)
 
 
-def _stop_timer(task: asyncio.Task[Any]) -> None:
-    task._timer.cancel()  # type: ignore[attr-defined]
+def _let_go(task: Any) -> None:
+    task._timer.cancel()
+    task.caller = None  # whose cancellation may lead back here
 
 
 class Guard(asyncio.Task[None]):
@@ -69,6 +79,12 @@ async def _done(task: EndingTask[Any]) -> None:
     await asyncio.wait((task,))
 
 
+def acting_task() -> asyncio.Task[Any] | None:
+    """The running task, or the one that waits for it if this is the end of its work."""
+    task = asyncio.current_task()
+    return task.caller or task if isinstance(task, EndingTask) else task
+
+
 async def run_to_end(coro: Coroutine[Any, Any, T], *, limit: float) -> T:
     """Await `coro` to its end, and only then let a cancellation of the caller through.
 
@@ -80,11 +96,13 @@ async def run_to_end(coro: Coroutine[Any, Any, T], *, limit: float) -> T:
         What `coro` returns.
 
     Raises:
+        TransactionError: `coro` did not finish in time, and did not say so itself.
         asyncio.CancelledError: the caller was cancelled meanwhile; `coro` has ended all the
             same. What `coro` raised is then the `__cause__`.
     """
     loop = asyncio.get_running_loop()
     task = EndingTask(coro, loop=loop, limit=limit)
+    task.caller = asyncio.current_task()
     # Not `await task`: who is cancelled passes that on to what it awaits.
     waiter = loop.create_future()
     task.add_done_callback(lambda _: None if waiter.done() else waiter.set_result(None))
@@ -98,6 +116,10 @@ async def run_to_end(coro: Coroutine[Any, Any, T], *, limit: float) -> T:
             cancelled.__cause__ = task.exception()
         raise
     try:
+        if task.cancelled():  # by its limit, and not the caller
+            raise TransactionError(
+                f"the end of a unit of work did not finish within its time limit of {limit:g} s."
+            )
         return task.result()
     finally:
         # Or what it raised would keep itself alive: its traceback has this frame.

@@ -163,6 +163,7 @@ class atomic:  # noqa: N801 - reads as a statement, like `contextlib.suppress`
         self._block: Any = None
 
     async def __aenter__(self) -> AsyncSession:
+        session: AsyncSession | None = None
         scope = self._enclosing_scope()
         if scope is None:
             self._block = session_scope(self._database)
@@ -174,7 +175,7 @@ class atomic:  # noqa: N801 - reads as a statement, like `contextlib.suppress`
         except BaseException:
             self._block = None
             raise
-        return cast(AsyncSession, entered) if scope is None else session
+        return session or cast(AsyncSession, entered)
 
     async def __aexit__(
         self,
@@ -186,6 +187,7 @@ class atomic:  # noqa: N801 - reads as a statement, like `contextlib.suppress`
         await block.__aexit__(kind, error, tb)
 
     def __enter__(self) -> Session:
+        session: Session | None = None
         scope = self._enclosing_scope()
         if scope is None:
             self._block = sync_session_scope(self._database)
@@ -197,7 +199,7 @@ class atomic:  # noqa: N801 - reads as a statement, like `contextlib.suppress`
         except BaseException:
             self._block = None
             raise
-        return cast(Session, entered) if scope is None else session
+        return session or cast(Session, entered)
 
     def __exit__(
         self,

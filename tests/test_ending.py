@@ -101,7 +101,7 @@ def test_interrupt_after_a_commit_stays_an_interrupt() -> None:
     done, error = run(commit_steps([A, B]), {"commit:b": interrupt})
     assert done.endswith("commit:b rollback:b")
     assert error is interrupt
-    assert "committed on a, but not on b" in error.__notes__[0]
+    assert "committed on a, but not on b" in interrupt.__notes__[0]
 
 
 def test_rollback_goes_on_after_a_failure(caplog: pytest.LogCaptureFixture) -> None:

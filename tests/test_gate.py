@@ -162,7 +162,7 @@ async def test_closed_gate_refuses_those_who_come_and_those_who_wait() -> None:
     assert worker.gate.is_free
 
 
-# --- blocks -------------------------------------------------------------------------------------
+# --- blocks ---------------------------------------------------------------------------------------
 
 
 async def test_block_keeps_siblings_out_until_it_is_left() -> None:
@@ -296,7 +296,7 @@ async def test_slow_statement_has_no_limit(monkeypatch: pytest.MonkeyPatch) -> N
     assert worker.log == ["slow in", "slow out", "patient in", "patient out"]
 
 
-# --- threads ------------------------------------------------------------------------------------
+# --- threads --------------------------------------------------------------------------------------
 
 
 def in_thread(function: Callable[[], object]) -> tuple[threading.Thread, list[BaseException]]:

@@ -129,6 +129,22 @@ def warnings_of_repom(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "repom"]
 
 
+def test_a_closed_loop_that_left_no_connection_is_not_worth_a_word(
+    sqlite_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has only asked for the engine."""
+    database = Database(sqlite_url)
+
+    async def ask() -> AsyncEngine:
+        return database.async_engine
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(ask())
+    loop.close()
+    asyncio.run(use(database))
+    assert warnings_of_repom(caplog) == []
+
+
 def test_tasks_of_a_closed_loop_are_left_alone() -> None:
     """One that was waiting for its connection must not be woken when that is closed on another
     loop, where it could do anything."""

@@ -34,14 +34,17 @@ def by_text(text: str) -> Any:
     return select(Note).where(Note.text == text)
 
 
-# --- siblings -----------------------------------------------------------------------------------
+# --- siblings -------------------------------------------------------------------------------------
 
 
 async def test_statements_of_siblings_queue(database: Database) -> None:
     """Twenty tasks execute on one session, and each gets its own answer."""
 
     async def ask(number: int) -> int | None:
-        return await current_session().scalar(select(Note.id).where(Note.id == number))
+        found: int | None = await current_session().scalar(
+            select(Note.id).where(Note.id == number)
+        )
+        return found
 
     async with session_scope(database) as session:
         session.add_all(Note(id=number, text=str(number)) for number in range(1, 21))
@@ -198,7 +201,7 @@ async def test_listener_that_changes_objects_is_not_taken_for_a_sibling(sqlite: 
             event.remove(Line, "after_insert", touch)
 
 
-# --- after the end ------------------------------------------------------------------------------
+# --- after the end --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -393,7 +396,7 @@ async def test_begin_block_whose_error_is_caught_is_undone_alone(database: Datab
     assert texts(database) == ["before"]
 
 
-# --- cursors ------------------------------------------------------------------------------------
+# --- cursors --------------------------------------------------------------------------------------
 
 
 async def test_result_of_stream_is_an_open_cursor_until_it_is_read(database: Database) -> None:

@@ -19,6 +19,7 @@ from repom.registry import (
     forget_configured,
     get_database,
 )
+from tests.support.polling import block_until
 
 REPORTS = Database("sqlite:///reports.db")
 
@@ -109,13 +110,19 @@ def test_what_is_no_database_is_an_error_that_names_it() -> None:
         get_database("wrong")
 
 
-def test_threads_that_ask_at_once_get_one_object() -> None:
+def test_threads_that_ask_at_once_get_one_object(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two would be two pools, and two databases in memory."""
-    together = threading.Barrier(8)
+    started: list[int] = []
     found: list[Database] = []
 
+    def slow_config() -> Config:
+        block_until(lambda: len(started) == 8)
+        return Config()
+
+    monkeypatch.setattr("repom.registry.get_config", slow_config)
+
     def ask() -> None:
-        together.wait()
+        started.append(1)
         found.append(get_database("url"))
 
     threads = [threading.Thread(target=ask) for _ in range(8)]

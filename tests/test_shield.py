@@ -9,7 +9,8 @@ import anyio
 import pytest
 
 from repom import shield
-from repom.shield import EndingTask, Guard, run_to_end
+from repom.errors import TransactionError
+from repom.shield import EndingTask, Guard, acting_task, run_to_end
 from tests.support.units import CANCELLING, Cancelling, cancelled_at, counted_turns
 
 LIMIT = 5.0
@@ -99,7 +100,7 @@ async def test_waiting_under_a_cancelled_scope_costs_no_turns_of_the_loop() -> N
 
 
 async def test_time_limit_cancels_the_ending() -> None:
-    """What hangs is cancelled by the limit, and only by it does it count as expired."""
+    """What hangs is cancelled by the limit; the caller, who is not, gets an error."""
     expired = []
 
     async def hang() -> None:
@@ -110,7 +111,7 @@ async def test_time_limit_cancels_the_ending() -> None:
             assert isinstance(task, EndingTask)
             expired.append(task.expired)
 
-    with pytest.raises(asyncio.CancelledError):
+    with pytest.raises(TransactionError, match=r"time limit of 0\.01 s"):
         await run_to_end(hang(), limit=0.01)
     assert expired == [True]
 
@@ -164,28 +165,50 @@ async def test_nobody_else_can_find_an_ending() -> None:
     await task
 
 
-@pytest.mark.parametrize("fails", [False, True], ids=["succeeds", "fails"])
-async def test_ending_is_freed_without_the_garbage_collector(fails: bool) -> None:
-    """No reference cycle is left, also when the ending has raised."""
+@pytest.mark.parametrize("how", ["succeeds", "fails", "is cancelled"])
+async def test_ending_is_freed_without_the_garbage_collector(how: str) -> None:
+    """No reference cycle is left, whatever comes out of it."""
 
     class Held:
         pass
 
     async def end(held: Held) -> None:
         await asyncio.sleep(0)
-        if fails:
+        if how == "fails":
             raise RefusedError
+
+    async def caller(held: Held) -> None:
+        with contextlib.suppress(RefusedError):
+            await run_to_end(end(held), limit=LIMIT)
 
     held = Held()
     gone = weakref.ref(held)
-    coro = end(held)
-    del held
+    gc.collect()
     gc.disable()
     try:
-        with contextlib.suppress(RefusedError):
-            await run_to_end(coro, limit=LIMIT)
-        del coro
+        task = asyncio.create_task(caller(held))
+        del held
+        await asyncio.sleep(0)
+        if how == "is cancelled":
+            task.cancel()
+        await asyncio.wait((task,))
+        del task
         await asyncio.sleep(0)
         assert gone() is None
     finally:
         gc.enable()
+
+
+async def test_ending_acts_for_the_task_that_waits_for_it() -> None:
+    """What it holds while it runs is that task's, which will not do anything else meanwhile."""
+
+    async def end() -> None:
+        acting.append(acting_task())
+
+    acting = [acting_task()]
+    await run_to_end(end(), limit=LIMIT)
+    here = asyncio.current_task()
+    assert acting == [here, here]
+    alone = EndingTask(end(), loop=asyncio.get_running_loop(), limit=LIMIT)
+    await alone
+    assert acting[2] is alone

@@ -40,7 +40,7 @@ from tests.support.units import (
 __all__ = ["database", "late_checking", "postgres", "sqlite"]
 
 
-# --- session_scope ------------------------------------------------------------------------------
+# --- session_scope --------------------------------------------------------------------------------
 
 
 async def test_scope_commits_when_left(database: Database) -> None:
@@ -92,10 +92,9 @@ async def test_scope_cancelled_at_any_await(
 
     expected = []
     for number in range(1, 200):
+        await database.ping()
         if pool == "new":
             await database.async_engine.dispose()
-        else:
-            await database.ping()
         with answered_commits(database.async_engine) as answered:
             was_cancelled = await cancelled_at(number, how, work(f"{number}"))
         assert_nothing_open(database)
@@ -219,7 +218,7 @@ async def test_two_runs_of_a_job_in_one_process(database: Database) -> None:
     assert texts(database) == ["a", "b"]
 
 
-# --- atomic: a savepoint, or a scope ----------------------------------------------------------------
+# --- atomic: a savepoint, or a scope --------------------------------------------------------------
 
 
 async def test_atomic_outside_a_scope_is_one(database: Database) -> None:
@@ -279,7 +278,7 @@ async def test_failed_statement_in_atomic_leaves_the_transaction_healthy(
     async with session_scope(database) as session:
         session.add(Note(text="a"))
         for statement in (insert(Note).values(text="a"), text("no sql")):
-            with pytest.raises(Exception, match="unit_note|syntax"):
+            with pytest.raises(Exception, match=r"unit_note|syntax"):
                 async with atomic():
                     await session.execute(statement)
         with pytest.raises(IntegrityError):
@@ -302,7 +301,7 @@ async def test_atomic_of_another_database(sqlite: Database, postgres: Database) 
     assert texts(postgres) == ["kept"]
 
 
-# --- atomic as a decorator -------------------------------------------------------------------------
+# --- atomic as a decorator ------------------------------------------------------------------------
 
 
 def test_decorated_function_keeps_name_signature_and_return(sqlite: Database) -> None:
@@ -420,7 +419,7 @@ async def test_block_that_cannot_be_entered_can_be_tried_again(
         current_scope()
 
 
-# --- durable ---------------------------------------------------------------------------------------
+# --- durable --------------------------------------------------------------------------------------
 
 
 async def test_durable_commits_when_left(sqlite: Database) -> None:
@@ -437,6 +436,8 @@ async def test_durable_refuses_to_be_a_savepoint(sqlite: Database) -> None:
         raise AssertionError("not to be called")
 
     async with session_scope(sqlite) as session:
-        with pytest.raises(DurableAtomicError, match=r"(?s)inside session_scope\(\).*session_scope"):
+        with pytest.raises(
+            DurableAtomicError, match=r"(?s)inside session_scope\(\).*session_scope"
+        ):
             await pay()
         assert await session.scalar(select(literal(1))) == 1

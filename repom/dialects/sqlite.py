@@ -30,6 +30,7 @@ from repom.errors import (
     RepomError,
     WouldDeadlockError,
 )
+from repom.shield import acting_task
 
 Begin = Literal["IMMEDIATE", "DEFERRED"]
 
@@ -177,7 +178,7 @@ class SQLite(Support):
             await_only(done)
 
     def _wait_for_turn(self) -> Ticket:
-        me = Writer(surroundings.get(), asyncio.current_task() if self.is_async else None)
+        me = Writer(surroundings.get(), acting_task() if self.is_async else None)
         if me.would_wait_for_itself(self._queue.holder()):
             raise WouldDeadlockError(
                 f"this scope would wait for itself: an enclosing one holds the write lock of "
@@ -231,7 +232,9 @@ class RepomSQLiteConnection(sqlite3.Connection):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.ticket: Ticket | None = None
         self.begun = False
+        self._is_open = False
         super().__init__(*args, **kwargs)
+        self._is_open = True
         try:
             self.execute("PRAGMA foreign_keys = ON")
             if not self.read_only:
@@ -266,14 +269,19 @@ class RepomSQLiteConnection(sqlite3.Connection):
 
     def close(self) -> None:
         try:
-            super().close()
+            # A cursor that somebody still holds, a traceback for instance, would keep the
+            # closed connection and its locks (https://sqlite.org/c3ref/close.html).
+            if self._is_open:
+                super().rollback()
         finally:
+            self._is_open = False
+            super().close()
             self._ended()
 
     def __del__(self) -> None:
         self.release()
-        parent_del = getattr(super(), "__del__", None)  # 3.13 warns of unclosed connections
-        if parent_del is not None:
+        parent_del = getattr(super(), "__del__", None)
+        if parent_del is not None:  # pragma: no cover - since 3.13, warns of the unclosed
             parent_del()
 
     def release(self) -> None:

@@ -46,6 +46,10 @@ class Work:
             return await self._session.run_sync(work)
         return work(self._session)
 
+    async def driver_connection(self) -> Any:
+        """The connection object of the driver itself."""
+        return await self.do(lambda session: session.connection().connection.driver_connection)
+
     async def commit(self) -> Exception | None:
         """COMMIT; return the error that it raised instead of raising it."""
         try:

@@ -288,10 +288,12 @@ async def test_a_connection_cut_in_commit_leaves_the_outcome_unknown(
     assert (2 in ids(url)) == (when == "after")
 
 
-@pytest.mark.parametrize("loop_turns", [0, 1], ids=["unnoticed", "noticed"])
-@pytest.mark.parametrize("name", ["asyncpg", "psycopg", "psycopg-sync"])
+@pytest.mark.parametrize(
+    ("name", "noticed"),
+    [("asyncpg", False), ("asyncpg", True), ("psycopg", False), ("psycopg-sync", False)],
+)
 async def test_a_backend_terminated_before_commit_is_an_ordinary_error(
-    request: pytest.FixtureRequest, name: str, loop_turns: int
+    request: pytest.FixtureRequest, name: str, noticed: bool
 ) -> None:
     """The server said that it ended the connection, so COMMIT has certainly not happened,
     whether the driver had noticed before or not; the pool is healthy afterwards."""
@@ -299,15 +301,33 @@ async def test_a_backend_terminated_before_commit_is_an_ordinary_error(
         await prepare(driver.url)
         async with driver.work() as work:
             await work.do(add_row_2)
-            pid = await work.do(lambda session: session.scalar(text("select pg_backend_pid()")))
-            execute(driver.url, "select pg_terminate_backend(%s, 5000)", pid)
-            for _ in range(loop_turns):
-                await asyncio.sleep(0.05)  # the loop reads what the server has sent
+            connection = await work.driver_connection()
+            for found in connections(driver.url):
+                execute(driver.url, "select pg_terminate_backend(%s, 5000)", found.id)
+            if noticed:
+                await until(connection.is_closed)
             error = await work.commit()
         assert isinstance(error, DBAPIError)
         async with driver.work() as work:
             assert await work.do(lambda session: session.scalar(text("select 1"))) == 1
         assert 2 not in ids(driver.url)
+
+
+@pytest.mark.parametrize("name", ["asyncpg", "psycopg", "psycopg-sync"])
+async def test_an_aborted_transaction_on_a_dead_connection_is_an_error_too(
+    request: pytest.FixtureRequest, name: str
+) -> None:
+    """Whichever of the two is noticed, nothing was committed; and the connection does not go
+    back to the pool."""
+    async with open_driver(request, name) as driver:
+        await prepare(driver.url)
+        async with driver.work() as work:
+            await work.do(by_execute)
+            for found in connections(driver.url):
+                execute(driver.url, "select pg_terminate_backend(%s, 5000)", found.id)
+            assert isinstance(await work.commit(), (TransactionAbortedError, DBAPIError))
+        async with driver.work() as work:
+            assert await work.do(lambda session: session.scalar(text("select 1"))) == 1
 
 
 async def test_behind_a_pooler_a_termination_is_not_believed(postgres_url: str) -> None:

@@ -104,7 +104,10 @@ async def test_a_transaction_ended_for_being_idle_is_an_ordinary_error(
     async with open_driver(request, name) as driver:
         async with driver.work() as work:
             await run(work, "set local idle_in_transaction_session_timeout = 10")
+            connection = await work.driver_connection()
             await until(lambda: not connections(driver.url))
+            if name == "asyncpg":  # which needs a moment to notice
+                await until(connection.is_closed)
             assert isinstance(await work.commit(), DBAPIError)
         async with driver.work() as work:
             await run(work, "select 1")

@@ -26,6 +26,7 @@ from repom.database import BeginOptions, Database
 from repom.dialects.sqlite import SQLite, private_memory
 from repom.dialects.write_queue import WriteQueue, write_queue
 from repom.errors import ConfigurationError, DatabaseFileError, WouldDeadlockError
+from repom.transaction import session_scope, sync_session_scope
 from tests.dialects.drivers import Driver, open_driver
 from tests.support.polling import until
 from tests.support.reader import execute, rows
@@ -679,6 +680,22 @@ async def test_the_place_in_the_line_is_given_up_with_the_transaction(
     await connection.close()
 
 
+async def test_a_closed_connection_holds_no_lock(driver: Driver) -> None:
+    """Also while somebody has a cursor of it, as the traceback of a cancelled task does: SQLite
+    would keep the connection for that, with its locks."""
+    async with driver.work(WRITER) as work:
+        await work.do(statement("insert into t values (1), (2)"))
+        raw: Any = await work.driver_connection()
+        raw = getattr(raw, "_conn", raw)
+        cursor = await asyncio.to_thread(raw.execute, "select * from t")
+        assert is_locked(driver.url)
+        await work.do(Session.invalidate)
+        assert not is_locked(driver.url)
+        raw.close()  # as often as one likes
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        cursor.fetchone()
+
+
 @pytest.mark.parametrize("end", [Connection.commit, Connection.rollback, Connection.close])
 async def test_sync_writers_give_their_place_up_too(
     database: Database, end: Callable[[Connection], None]
@@ -778,6 +795,42 @@ async def test_another_task_may_wait(database: Database) -> None:
         await connection.commit()
     await connection.close()
     assert await read_numbers(database) == [0, 1]
+
+
+async def test_a_scope_inside_a_scope_of_the_same_task_is_told_at_once(database: Database) -> None:
+    """However many scopes are between them; a task of its own may wait."""
+    with pytest.raises(WouldDeadlockError):
+        async with session_scope(database) as outer:
+            await outer.execute(text("select * from t"))
+            async with session_scope(Database("sqlite://")), session_scope(database) as inner:
+                await inner.execute(text("select * from t"))
+    assert line(database).holder() is None
+
+    async def child() -> None:
+        async with session_scope(database) as session:
+            await session.execute(text("insert into t values (1)"))
+
+    async with session_scope(database) as outer:
+        await outer.execute(text("select * from t"))
+        task = asyncio.create_task(child())
+        await until(lambda: len(line(database)._line) == 2)
+    await task
+    assert await read_numbers(database) == [0, 1]
+
+
+def test_a_sync_scope_inside_a_scope_is_told_at_once(sqlite_url: str) -> None:
+    """The outer one ends after the inner one, in whichever threads they are."""
+    execute(sqlite_url, "create table t (n integer)")
+    database, other = Database(sqlite_url), Database("sqlite://")
+    with sync_session_scope(database) as outer:
+        outer.execute(text("select * from t"))
+        with sync_session_scope(other), sync_session_scope(database) as inner:
+            with pytest.raises(WouldDeadlockError):
+                inner.execute(text("select * from t"))
+    with sync_session_scope(database) as session:
+        session.execute(text("select * from t"))
+    database.dispose_sync()
+    other.dispose_sync()
 
 
 async def test_sync_code_that_would_block_the_holders_loop_is_told_at_once(

@@ -33,7 +33,7 @@ ALICE = {"email": "alice@example.com", "password": "correct horse"}
 
 
 class User(SQLAlchemyBaseUserTable[int], Base):
-    id: Mapped[int] = mapped_column(primary_key=True)
+    id: Mapped[int] = mapped_column(primary_key=True)  # pyright: ignore[reportIncompatibleVariableOverride] - theirs
 
 
 class UserRead(schemas.BaseUser[int]):

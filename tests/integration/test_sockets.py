@@ -1,7 +1,7 @@
 """The promises over real sockets: uvicorn, and clients that know nothing of the server."""
 
+import asyncio
 import http.client
-import json
 import os
 import subprocess
 import sys
@@ -10,12 +10,11 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 from fastapi import Depends, FastAPI, Request, WebSocket
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from sqlalchemy import insert, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -32,7 +31,7 @@ from tests.support.sockets import serve
 POSTS = 200
 
 
-def conflict(request: Request, error: Exception) -> JSONResponse:
+async def conflict(request: Request, error: Exception) -> Response:
     return JSONResponse({"detail": "conflict"}, 409)
 
 
@@ -65,6 +64,7 @@ def app_for(url: str) -> FastAPI:
             await write("endless")
             while True:
                 yield b"x" * 65536
+                await asyncio.sleep(0)  # or nobody could notice that the client is gone
 
         return StreamingResponse(body())
 

@@ -527,6 +527,7 @@ async def test_commit_that_fails_in_the_body_leaves_it_unterminated(
     """The message that would complete the body is not sent, nor any other after it, and the
     failure leaves; what was committed before the start stays."""
     begin, parts, last = RESPONSES[kind](body_file)
+    raised: list[BaseException] = []
 
     async def respond(send: Send) -> None:
         await write("before")
@@ -534,14 +535,15 @@ async def test_commit_that_fails_in_the_body_leaves_it_unterminated(
         for part in parts:
             await send(part)
         await write("a", parent=NOWHERE)
-        for _ in range(2):
-            with contextlib.suppress(IntegrityError):
-                await send(last)
-        with contextlib.suppress(IntegrityError):
-            await send(start(500))
+        for message in (last, last, start(500)):
+            try:
+                await send(message)
+            except Exception as error:
+                raised.append(error)
 
     response = await request(serve(deferring, respond), "POST", extensions=EXTENSIONS)
     assert isinstance(response.exception, IntegrityError)
+    assert raised == [response.exception] * 3
     assert not response.complete
     assert len(response.sent) == 1 + len(parts)
     assert notes(deferring_url) == ["before"]
@@ -853,25 +855,31 @@ async def test_cancelled_during_the_commit_of_the_body(
 
 
 async def test_inner_timeout_during_commit(held: HeldCommit, deferring_url: str) -> None:
-    """A layer inside that gives up during COMMIT cannot answer 504 for committed work."""
+    """A layer inside that gives up during COMMIT cannot answer 504 for committed work; what
+    tells of it goes out although the layer's time is over, and the wire takes a while."""
     given_up = asyncio.Event()
 
     async def respond(send: Send) -> None:
         await write("a")
-        try:
-            with anyio.CancelScope() as scope:
-                asyncio.get_running_loop().call_soon(give_up, scope)
-                await send(start(201))
-        finally:
-            with pytest.raises(ScopeError, match="second response"):
-                await send(start(504))
+        with anyio.CancelScope() as scope:
+            asyncio.get_running_loop().call_soon(give_up, scope)
+            await send(start(201))
+        with pytest.raises(ScopeError, match="second response"):
+            await send(start(504))
         await send(chunk())
 
     def give_up(scope: anyio.CancelScope) -> None:
         scope.cancel()
         given_up.set()
 
-    task = asyncio.create_task(request(serve(held.database, respond), "POST"))
+    async def app_on_a_slow_wire(scope: Scope, receive: Receive, send: Send) -> None:
+        async def slow_send(message: Message) -> None:
+            await asyncio.sleep(0.01)
+            await send(message)
+
+        await serve(held.database, respond)(scope, receive, slow_send)
+
+    task = asyncio.create_task(request(app_on_a_slow_wire, "POST"))
     await given_up.wait()
     held.release()
     response = await task

@@ -1,7 +1,6 @@
 """What the tests of units of work share: tables, a database that has them, cancelling."""
 
 import asyncio
-import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -14,9 +13,8 @@ from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from repom.database import Database
 from repom.models import NAMING_CONVENTION, Base
+from tests.support.polling import block_until
 from tests.support.reader import open_transactions, rows
-
-PATIENCE = 5.0  # seconds within which what a server is told has happened there
 
 
 class UnitBase(Base):
@@ -117,14 +115,11 @@ def checked_out(database: Database) -> int:
 def assert_nothing_open(database: Database) -> None:
     """Fail if a connection is in use here, or a transaction is open on the server."""
     assert checked_out(database) == 0
-    if not database.is_sqlite:
-        end = time.monotonic() + PATIENCE
-        while open_transactions(url_of(database)) and time.monotonic() < end:
-            time.sleep(0.002)
-        assert open_transactions(url_of(database)) == 0
+    if not database.is_sqlite:  # a server notices a moment later
+        block_until(lambda: open_transactions(url_of(database)) == 0)
 
 
-# --- cancelling ---------------------------------------------------------------------------------
+# --- cancelling -----------------------------------------------------------------------------------
 
 Cancelling = Literal["cancel", "cancel twice", "cancel scope", "timeout"]
 CANCELLING: tuple[Cancelling, ...] = ("cancel", "cancel twice", "cancel scope", "timeout")
