@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import logging
 import sys
 from collections.abc import Callable
 from typing import Any, Literal
@@ -26,8 +25,6 @@ from repom.context import surroundings
 from repom.dialects.base import aborted
 from repom.errors import ConcurrentSessionUse, InnerCommitError, TransactionError
 from repom.gate import Gate, scope_closed
-
-logger = logging.getLogger("repom")
 
 InnerCommits = Literal["defer", "allow", "forbid"]
 
@@ -64,6 +61,7 @@ class Managed:
             of the transaction by `rollback()` and inner commits.
         repom_cursors: the results of `session.stream()` that may still be read.
         repom_committed: the transaction or savepoint that is about to end, if by a commit.
+        repom_abandoned: whether the end could not wait any longer for the task that is inside.
     """
 
     repom_gate: Gate
@@ -71,6 +69,7 @@ class Managed:
     repom_callbacks: Callbacks
     repom_cursors: list[Any]
     repom_committed: SessionTransaction | None = None
+    repom_abandoned = False
 
     def end(self, how: Literal["flush", "commit", "rollback", "close"]) -> None:
         """End the transaction for real. Only the owner of the scope calls this.
@@ -106,11 +105,14 @@ def _make(base: type[Session]) -> type[Session]:
     }
 
     def end(self: Any, how: Literal["flush", "commit", "rollback", "close"]) -> None:
+        if self.repom_abandoned:
+            return
         gate: Gate = self.repom_gate
         try:
             entered = gate.enter(ending=True)
         except asyncio.CancelledError as error:  # by the time limit, for nobody else can
-            _cut_off(self)
+            if not gate.is_free:
+                _abandon(self)
             raise TransactionError(
                 f"{how} had to wait for a statement of another task, which did not end within "
                 "the time limit; its connection was closed."
@@ -164,6 +166,7 @@ def _make(base: type[Session]) -> type[Session]:
     }
     namespace["execute"] = _watching_cursors(namespace["execute"])
     namespace |= {"end": end, "begin": begin, "commit": commit, "close": close, "reset": close}
+    namespace["repom_close"] = base.close
     namespace["_warn_on_events"] = property(_is_own_flush, _set_flushing)
     managed = type(f"Managed{base.__name__}", (base, Managed), namespace)
     event.listen(managed, "before_attach", _before_attach)
@@ -182,7 +185,12 @@ def _inside(session: Any, method: Callable[..., Any], *args: Any, **kwargs: Any)
             _wait_for_deferred(session)
         return method(session, *args, **kwargs)
     finally:
-        gate.leave()
+        try:
+            if session.repom_abandoned:
+                session.repom_close()
+                raise scope_closed()
+        finally:
+            gate.leave()
 
 
 def _through_the_gate(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,9 +201,13 @@ def _through_the_gate(method: Callable[..., Any]) -> Callable[..., Any]:
     return operation
 
 
-def _cut_off(session: Session) -> None:
-    """Close the connections under whoever uses them."""
-    transaction = session.get_transaction()
+def _abandon(session: Any) -> None:
+    """Leave the session to the task that is inside, which closes it when it gets out.
+
+    Its connection is closed under it, if it has one already.
+    """
+    session.repom_abandoned = True
+    transaction: SessionTransaction | None = session.get_transaction()
     if transaction is not None:
         for connection, *_ in set(transaction._connections.values()):
             connection.invalidate()
@@ -287,10 +299,7 @@ def _close_cursors(session: Any) -> None:
     """Close what was not read to its end: MySQL ends nothing while rows are still coming."""
     cursors, session.repom_cursors = session.repom_cursors, []
     for result in cursors:
-        try:
-            result.close()
-        except Exception:  # of a connection that is lost, which the end itself will meet
-            logger.debug("closing a cursor failed", exc_info=True)
+        result.close()  # that of a lost connection SQLAlchemy only logs
 
 
 # --- other people's commits

@@ -81,9 +81,11 @@ def test_task_cancelled_by_a_time_out_of_its_parent(database: Database) -> None:
 
     async def main() -> None:
         with suppress(TimeoutError):
-            async with asyncio.timeout(0.05), asyncio.TaskGroup() as group:
+            async with asyncio.timeout(None) as timeout, asyncio.TaskGroup() as group:
                 group.create_task(hang())
-                group.create_task(write(database, "kept"))
+                await group.create_task(write(database, "kept"))
+                timeout.reschedule(asyncio.get_running_loop().time())
+                await asyncio.Event().wait()
 
     asyncio.run(main())
     assert texts(database) == ["kept"]
@@ -94,7 +96,8 @@ def test_task_cancelled_by_a_time_out_of_its_parent(database: Database) -> None:
 
 async def in_scope(database: Database) -> int | None:
     async with session_scope(database, sqlite_begin="DEFERRED") as session:
-        return await session.scalar(COUNT)
+        count: int | None = await session.scalar(COUNT)
+        return count
 
 
 async def after_add(database: Database) -> int | None:
@@ -102,7 +105,8 @@ async def after_add(database: Database) -> int | None:
     async with session_scope(database, sqlite_begin="DEFERRED") as session:
         with session.no_autoflush:
             session.add(Note(text="other"))
-            return await session.scalar(COUNT)
+            count: int | None = await session.scalar(COUNT)
+            return count
 
 
 async def in_savepoint(database: Database) -> int | None:
@@ -110,18 +114,27 @@ async def in_savepoint(database: Database) -> int | None:
         session_scope(database, sqlite_begin="DEFERRED") as session,
         session.begin_nested(),
     ):
-        return await session.scalar(COUNT)
+        count: int | None = await session.scalar(COUNT)
+        return count
+
+
+async def in_scope_of_an_idle_one(database: Database) -> int | None:
+    async with session_scope(database):
+        return await in_scope(database)
 
 
 async def by_hand(database: Database) -> int | None:
     session = await get_async_session(database)
     try:
-        return await session.scalar(COUNT)
+        count: int | None = await session.scalar(COUNT)
+        return count
     finally:
         await session.close()
 
 
-@pytest.mark.parametrize("read", [in_scope, after_add, in_savepoint, by_hand])
+@pytest.mark.parametrize(
+    "read", [in_scope, after_add, in_savepoint, in_scope_of_an_idle_one, by_hand]
+)
 async def test_next_session_reads_what_was_written(
     database: Database, read: Callable[[Database], Coroutine[Any, Any, int | None]]
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import anyio
 import pytest
 from sqlalchemy import event, insert, select, text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, InvalidRequestError
 
 from repom import (
     atomic,
@@ -22,7 +22,12 @@ from repom import (
     sync_session_scope,
 )
 from repom.database import Database
-from repom.errors import CommitOutcomeUnknown, PartialCommitError, ScopeClosedError
+from repom.errors import (
+    CommitOutcomeUnknown,
+    PartialCommitError,
+    ScopeClosedError,
+    TransactionAbortedError,
+)
 from repom.finish import end, finish
 from repom.registry import Databases
 from repom.scope import SessionScope
@@ -200,6 +205,23 @@ def test_failed_commit_of_a_sync_scope_is_a_rollback(late_checking: Database) ->
     assert calls == ["rolled back"]
 
 
+async def test_swallowed_failure_of_a_flush_is_not_committed(database: Database) -> None:
+    """SQLAlchemy has rolled back by then; success must not be told."""
+
+    async def work() -> None:
+        async with session_scope(database) as session:
+            session.add(Note(text="before"))
+            await session.flush()
+            session.add_all([Note(text="a"), Note(text="a")])
+            with suppress(IntegrityError):
+                await session.flush()
+
+    with pytest.raises(TransactionAbortedError):
+        await work()
+    assert texts(database) == []
+    assert_nothing_open(database)
+
+
 async def test_unknown_outcome_runs_neither_kind(
     postgres_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -236,6 +258,23 @@ async def test_callback_registered_by_a_listener_of_the_last_flush(sqlite: Datab
     finally:
         event.remove(Note, "after_insert", registers)
     assert calls == ["committed"]
+
+
+def test_commit_by_a_listener_of_a_flush_is_refused_by_sqlalchemy(sqlite: Database) -> None:
+    """And the session is left by the one that is inside, not by the listener."""
+    event.listen(Note, "after_insert", commits := lambda *_: current_scope().commit_sync())
+
+    def work() -> None:
+        with sync_session_scope(sqlite) as session:
+            session.add(Note(text="a"))
+            session.flush()
+
+    try:
+        with pytest.raises(InvalidRequestError):
+            work()
+    finally:
+        event.remove(Note, "after_insert", commits)
+    assert texts(sqlite) == []
 
 
 # --- callbacks: what they may do ------------------------------------------------------------------
@@ -280,8 +319,9 @@ def test_work_of_a_callback_of_a_sync_scope(database: Database) -> None:
     assert database.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("kind", ["coroutine", "future"])
 async def test_async_callback_of_a_sync_scope_in_an_event_loop(
-    sqlite: Database, caplog: pytest.LogCaptureFixture
+    sqlite: Database, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nobody there can await it; that is an error that says what to write."""
 
@@ -290,7 +330,7 @@ async def test_async_callback_of_a_sync_scope_in_an_event_loop(
 
     with sync_session_scope(sqlite) as session:
         session.add(Note(text="a"))
-        on_commit(callback)
+        on_commit(callback if kind == "coroutine" else asyncio.Future)
     assert texts(sqlite) == ["a"]
     assert "async with session_scope()" in caplog.text
 
@@ -624,12 +664,13 @@ async def test_sibling_in_flight_is_rolled_back_with_the_rest(postgres: Database
         running.set()
         await current_session().execute(insert(Note).values(text="a"))
 
+    tasks = []
     with suppress(ZeroDivisionError):
         async with session_scope(postgres):
-            task = asyncio.create_task(sibling())
+            tasks.append(asyncio.create_task(sibling()))
             await running.wait()
             raise ZeroDivisionError
-    await task
+    await asyncio.gather(*tasks)
     assert texts(postgres) == []
     assert_nothing_open(postgres)
 

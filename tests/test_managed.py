@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from sqlalchemy import event, insert, literal, select
+from sqlalchemy import event, insert, literal, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -15,6 +15,7 @@ from repom import current_scope, current_session, session_scope, sync_session_sc
 from repom.database import Database
 from repom.errors import ConcurrentSessionUse, InnerCommitError, ScopeClosedError
 from repom.managed import InnerCommits, managed_class
+from tests.support.reader import execute
 from tests.support.units import (
     Line,
     Note,
@@ -41,9 +42,7 @@ async def test_statements_of_siblings_queue(database: Database) -> None:
     """Twenty tasks execute on one session, and each gets its own answer."""
 
     async def ask(number: int) -> int | None:
-        found: int | None = await current_session().scalar(
-            select(Note.id).where(Note.id == number)
-        )
+        found: int | None = await current_session().scalar(select(Note.id).where(Note.id == number))
         return found
 
     async with session_scope(database) as session:
@@ -429,3 +428,20 @@ async def test_ordinary_result_is_no_open_cursor(sqlite: Database) -> None:
         rows = await session.execute(select(Note))
         assert not current_scope().has_open_cursor
         assert rows.all() == []
+
+
+async def test_cursor_that_cannot_be_closed_does_not_keep_the_scope_from_ending(
+    mysql_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its connection is lost; the end finds that out, too, and throws it away."""
+    with prepared(mysql_url) as database:
+        async with session_scope(database) as session:
+            number = await session.scalar(text("select connection_id()"))
+            many = text("select repeat('x', 10000) from mysql.help_topic")
+            result = await session.stream(many)
+            await result.fetchone()
+            execute(mysql_url, f"kill {number}")
+            current_scope().rollback_only()
+        assert [record.name.split(".")[0] for record in caplog.records] == ["sqlalchemy", "repom"]
+        assert_nothing_open(database)
+        del result

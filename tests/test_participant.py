@@ -12,10 +12,19 @@ import pytest
 from sqlalchemy import insert, select, text, update
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from repom import current_scope, current_session, current_sync_session, session_scope
+from repom import (
+    current_scope,
+    current_session,
+    current_sync_session,
+    deferred,
+    session_scope,
+)
 from repom.database import Database
-from repom.errors import CommitOutcomeUnknown, TransactionError
+from repom.ending import close_steps
+from repom.errors import CommitOutcomeUnknown, ScopeClosedError, TransactionError
 from repom.finish import finish
+from repom.participant import perform
+from repom.shield import EndingTask
 from repom.transaction import new_scope
 from tests.support.polling import until
 from tests.support.reader import ask, connect, execute
@@ -108,12 +117,64 @@ async def test_statement_of_a_sibling_past_the_limit_is_cut_off(
     with pytest.raises(TransactionError if ends == "commit" else ZeroDivisionError) as caught:
         await work()
     assert not isinstance(caught.value, CommitOutcomeUnknown)
-    with pytest.raises(Exception, match=r"cancel|closed"):
+    with pytest.raises(ScopeClosedError):
         await tasks[0]
     assert texts(postgres) == []
     assert_nothing_open(postgres)
     if ends == "rollback":
         assert "statement of another task" in caplog.text
+
+
+async def test_sibling_that_has_no_connection_yet_is_not_waited_for(postgres: Database) -> None:
+    """It waits for the COMMIT of another unit of work, which hangs."""
+    loop = asyncio.get_running_loop()
+    hanging = EndingTask(asyncio.sleep(60), loop=loop, limit=60)
+    deferred.pending[loop] = {hanging}
+    try:
+        async with session_scope(postgres, end_timeout=0.1) as session:
+            sibling = asyncio.create_task(session.execute(select(1)))
+            await asyncio.sleep(0)
+    finally:
+        del deferred.pending[loop]
+    assert not sibling.done()
+    hanging.cancel()
+    with pytest.raises(ScopeClosedError):
+        await sibling
+    assert_nothing_open(postgres)
+
+
+async def test_sibling_that_waits_for_a_connection_is_not_waited_for(postgres_url: str) -> None:
+    """What it gets after the end is given back at once."""
+    with prepared(postgres_url, engine_kwargs={"pool_size": 1, "max_overflow": 0}) as database:
+
+        async def work() -> None:
+            async with session_scope(database, end_timeout=0.1) as session:
+                tasks.append(asyncio.create_task(session.execute(select(1))))
+                await asyncio.sleep(0)
+
+        tasks: list[asyncio.Task[Any]] = []
+        async with database.async_engine.connect():
+            with pytest.raises(TransactionError):
+                await work()
+            assert not tasks[0].done()
+        with pytest.raises(ScopeClosedError):
+            await tasks[0]
+        assert_nothing_open(database)
+
+
+async def test_limit_in_the_very_turn_in_which_the_sibling_leaves(postgres: Database) -> None:
+    """Nobody is inside any more who could close the session, so the next step does."""
+    async with session_scope(postgres) as session:
+        await session.execute(insert(Note).values(text="a"))
+        (participant,) = current_scope().participants
+        steps = close_steps([participant, participant])
+        participant.gate.enter()
+        ending = EndingTask(perform(steps), loop=asyncio.get_running_loop(), limit=60)
+        await asyncio.sleep(0.01)
+        participant.gate.leave()
+        ending._expire()
+        await ending
+        assert checked_out(postgres) == 0
 
 
 async def test_pool_time_out_works_in_the_last_flush(postgres_url: str) -> None:

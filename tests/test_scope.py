@@ -72,6 +72,19 @@ async def test_unused_scope_takes_no_connection(postgres: Database) -> None:
     assert postgres.async_engine.pool.status().startswith("Pool size: 10  Connections in pool: 0")
 
 
+async def test_work_is_an_open_transaction_or_a_callback(sqlite: Database) -> None:
+    """Without either there is nothing to end, so a response need not wait."""
+    async with session_scope(sqlite) as session:
+        scope = current_scope()
+        assert not scope.has_work
+        await session.execute(select(1))
+        assert scope.has_work
+        await scope.commit()
+        assert not scope.has_work
+        on_commit(lambda: None)
+        assert scope.has_work
+
+
 async def test_threads_that_ask_at_the_same_time_get_one_session(sqlite: Database) -> None:
     async with session_scope():
         asked = (asyncio.to_thread(current_sync_session, sqlite) for _ in range(8))
@@ -211,6 +224,14 @@ async def test_scope_left_in_another_context_leaves_that_one_alone(sqlite: Datab
     session.add(Note(text="a"))
     await block.__aexit__(None, None, None)
     assert texts(sqlite) == ["a"]
+
+
+async def test_scope_left_twice_takes_nothing_from_the_one_around_it(sqlite: Database) -> None:
+    async with session_scope(sqlite) as outer:
+        async with session_scope(sqlite):
+            inner = current_scope()
+        inner.leave()
+        assert current_session() is outer
 
 
 # --- memory -------------------------------------------------------------------------------------

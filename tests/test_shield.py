@@ -116,6 +116,15 @@ async def test_time_limit_cancels_the_ending() -> None:
     assert expired == [True]
 
 
+async def test_time_limit_of_an_ending_whose_caller_was_cancelled() -> None:
+    """The caller was, so that is what it gets."""
+    task = asyncio.create_task(run_to_end(asyncio.sleep(60), limit=0.01))
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait((task,))
+    assert task.cancelled()
+
+
 async def test_time_limit_insists(monkeypatch: pytest.MonkeyPatch) -> None:
     """An ending whose next step hangs, too, is cancelled again."""
     monkeypatch.setattr(shield, "_INSIST_EVERY", 0.01)

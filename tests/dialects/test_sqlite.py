@@ -799,7 +799,7 @@ async def test_another_task_may_wait(database: Database) -> None:
 
 async def test_a_scope_inside_a_scope_of_the_same_task_is_told_at_once(database: Database) -> None:
     """However many scopes are between them; a task of its own may wait."""
-    with pytest.raises(WouldDeadlockError):
+    with pytest.raises(WouldDeadlockError):  # noqa: PT012 - it is to leave the scopes
         async with session_scope(database) as outer:
             await outer.execute(text("select * from t"))
             async with session_scope(Database("sqlite://")), session_scope(database) as inner:
@@ -824,7 +824,7 @@ def test_a_sync_scope_inside_a_scope_is_told_at_once(sqlite_url: str) -> None:
     database, other = Database(sqlite_url), Database("sqlite://")
     with sync_session_scope(database) as outer:
         outer.execute(text("select * from t"))
-        with sync_session_scope(other), sync_session_scope(database) as inner:
+        with sync_session_scope(other), sync_session_scope(database) as inner:  # noqa: SIM117
             with pytest.raises(WouldDeadlockError):
                 inner.execute(text("select * from t"))
     with sync_session_scope(database) as session:
