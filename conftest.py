@@ -45,6 +45,7 @@ def _setup(namespace: dict[str, Any]) -> None:
         cwd=Path.cwd(),
         environ={name: os.environ.pop(name) for name in _SETTINGS if name in os.environ},
     )
+    _forget_configuration()
     os.chdir(folder.name)
     sys.path.insert(0, folder.name)
     # As a script's: pydantic looks for the annotations of a class in the module of its name.
@@ -55,8 +56,7 @@ def _setup(namespace: dict[str, Any]) -> None:
 def _teardown(namespace: dict[str, Any]) -> None:
     for database in registry.configured_so_far():
         database.dispose_sync()
-    registry.forget_configured()
-    reset_config()
+    _forget_configuration()
     # The next guide maps its own Article. Tests, which map theirs at import, have run before.
     Base.metadata.clear()
     Base.registry.dispose()
@@ -66,6 +66,11 @@ def _teardown(namespace: dict[str, Any]) -> None:
         os.environ.pop(name, None)
     os.environ.update(_before["environ"])
     _before.pop("folder").cleanup()
+
+
+def _forget_configuration() -> None:
+    registry.forget_configured()
+    reset_config()
 
 
 pytest_collect_file = Sybil(

@@ -63,6 +63,8 @@ class LoopEngines:
         self._abandon = abandon
         self._name = name
         self._engines: dict[asyncio.AbstractEventLoop, LoopEngine] = {}
+        # Disposed of when connections were in use, which are closed when they come back.
+        self._in_use: list[tuple[asyncio.AbstractEventLoop, LoopEngine]] = []
         self._mutex = threading.Lock()
 
     def here(self) -> LoopEngine:
@@ -95,11 +97,19 @@ class LoopEngines:
             with self._mutex:
                 found = self._engines.pop(loop)
             await found.dispose()
+            if found.driver_connections():
+                with self._mutex:
+                    self._in_use.append((loop, found))
 
     def _bury_closed_loops(self) -> None:
         with self._mutex:
-            closed = [loop for loop in self._engines if loop.is_closed()]
-            dead = [(loop, self._engines.pop(loop)) for loop in closed]
+            known = [*self._engines.items(), *self._in_use]
+            dead = [pair for pair in known if pair[0].is_closed()]
+            for loop, _ in dead:
+                self._engines.pop(loop, None)
+            self._in_use = [
+                pair for pair in self._in_use if pair not in dead and pair[1].driver_connections()
+            ]
         for loop, engine in dead:
             _let_transports_close(loop)
             connections = engine.driver_connections()
@@ -110,9 +120,9 @@ class LoopEngines:
                     logger.debug("a connection of a closed loop is closed", exc_info=True)
             if connections:
                 logger.warning(
-                    "%d connection(s) to %s were left open by an event loop that was closed "
-                    "without shutting down its async generators. They were terminated. Run the "
-                    "loop with asyncio.run(), or `await database.dispose()` before closing it.",
+                    "%d connection(s) to %s were still open when their event loop was closed. "
+                    "They were terminated. Close every session, and run the loop with "
+                    "asyncio.run() or `await database.dispose()` before closing it.",
                     len(connections),
                     self._name,
                 )

@@ -111,8 +111,7 @@ def _make(base: type[Session]) -> type[Session]:
         try:
             entered = gate.enter(ending=True)
         except asyncio.CancelledError as error:  # by the time limit, for nobody else can
-            if not gate.is_free:
-                _abandon(self)
+            _abandon(self)
             raise TransactionError(
                 f"{how} had to wait for a statement of another task, which did not end within "
                 "the time limit; its connection was closed."

@@ -208,6 +208,7 @@ class SessionScope:
     def _participant(self, key: str | Database, kind: type[_P]) -> _P:
         database = self.databases[key]
         with self._mutex:
+            self._refuse_if_over()  # a thread may have come here just before the end
             found = self._participants.get(database)
             if found is None:
                 name = key if isinstance(key, str) else repr(key)
@@ -251,7 +252,7 @@ class SessionScope:
     @property
     def is_quiet(self) -> bool:
         """Whether nothing is open and nobody is at work."""
-        return all(participant.is_quiet for participant in self._participants.values())
+        return all(participant.is_quiet for participant in self.participants)
 
     @property
     def has_open_cursor(self) -> bool:
@@ -283,10 +284,10 @@ class SessionScope:
 
     def refuse_work(self) -> None:
         """Refuse new work from now on; what is in flight may finish."""
-        if self._state is ScopeState.OPEN:
+        with self._mutex:
             self._state = ScopeState.ENDING
-        for participant in self.participants:
-            participant.gate.closed = True
+            for participant in self._participants.values():
+                participant.gate.closed = True
 
     def for_callback(self, *, is_sync: bool = False) -> SessionScope:
         """A unit of work for one callback: all as here, but a transaction of its own.

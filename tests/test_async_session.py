@@ -165,25 +165,34 @@ Form = Callable[[Database], Awaitable[Any]]
 
 
 @pytest.mark.parametrize("form", SUCCEEDS)
-async def test_form_outside_a_scope_commits(database: Database, form: Form) -> None:
+async def test_form_outside_a_scope_commits(sqlite: Database, form: Form) -> None:
     """At the latest before the next session of this loop, and then nothing is left open."""
-    await form(database)
+    await form(sqlite)
     await settled()
-    assert texts(database) == ["a"]
-    assert_nothing_open(database)
+    assert texts(sqlite) == ["a"]
+    assert_nothing_open(sqlite)
     with pytest.raises(NoScopeError):
         current_scope()
 
 
 @pytest.mark.parametrize("form", FAILS)
-async def test_form_outside_a_scope_rolls_back(database: Database, form: Form) -> None:
+async def test_form_outside_a_scope_rolls_back(sqlite: Database, form: Form) -> None:
     with suppress(ZeroDivisionError, asyncio.CancelledError):
-        await form(database)
+        await form(sqlite)
     await settled()
-    assert texts(database) == []
-    assert_nothing_open(database)
+    assert texts(sqlite) == []
+    assert_nothing_open(sqlite)
     with pytest.raises(NoScopeError):
         current_scope()
+
+
+@pytest.mark.parametrize("form", [loop_left_by_return, loop_that_raises, block])
+async def test_form_on_every_database(database: Database, form: Form) -> None:
+    with suppress(ZeroDivisionError):
+        await form(database)
+    await settled()
+    assert texts(database) == ([] if form is loop_that_raises else ["a"])
+    assert_nothing_open(database)
 
 
 @pytest.mark.parametrize("form", SUCCEEDS)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -10,6 +11,7 @@ import anyio
 import pytest
 from sqlalchemy import event, insert, select, text
 from sqlalchemy.exc import IntegrityError, InvalidRequestError
+from sqlalchemy.orm import Session
 
 from repom import (
     atomic,
@@ -260,6 +262,19 @@ async def test_callback_registered_by_a_listener_of_the_last_flush(sqlite: Datab
     assert calls == ["committed"]
 
 
+async def test_what_a_listener_adds_to_the_last_flush_is_committed(database: Database) -> None:
+    """An audit trail, for instance."""
+
+    def audit(session: Session, *_: object) -> None:
+        if all(note.text != "audit" for note in session.new):
+            session.add(Note(text="audit"))
+
+    async with session_scope(database) as session:
+        event.listen(session.sync_session, "before_flush", audit)
+        session.add(Note(text="a"))
+    assert sorted(texts(database)) == ["a", "audit"]
+
+
 def test_commit_by_a_listener_of_a_flush_is_refused_by_sqlalchemy(sqlite: Database) -> None:
     """And the session is left by the one that is inside, not by the listener."""
     event.listen(Note, "after_insert", commits := lambda *_: current_scope().commit_sync())
@@ -317,6 +332,29 @@ def test_work_of_a_callback_of_a_sync_scope(database: Database) -> None:
         on_commit(second)
     assert texts(database) == ["of the scope", "of the first", "of the second"]
     assert database.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+
+
+def test_async_callback_of_a_sync_scope_leaves_the_threads_event_loop_alone(
+    sqlite: Database,
+) -> None:
+    """Old code asks for it by `get_event_loop()`."""
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def callback() -> None:
+        loops.append(asyncio.get_running_loop())
+
+    def work() -> None:
+        loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(loop)
+        with sync_session_scope(sqlite):
+            on_commit(callback)
+        loops.append(asyncio.get_event_loop())
+        assert loops[1] is loop
+        assert loops[0] is not loop
+        loop.close()
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(work).result()
 
 
 @pytest.mark.parametrize("kind", ["coroutine", "future"])

@@ -14,7 +14,7 @@ from sqlalchemy import text
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from repom.database import Database
+from repom.database import BeginOptions, Database
 from repom.loops import _let_transports_close
 from tests.support.polling import block_until
 from tests.support.reader import connections
@@ -121,6 +121,35 @@ def test_a_loop_that_was_just_closed_is_cleared_up_at_the_next_use(
     [message] = warnings_of_repom(caplog)
     assert message.startswith("2 connection(s) to ")
     assert "asyncio.run()" in message
+    block_until(lambda: open_connections(url) == 0)
+
+
+def test_a_session_that_survived_its_loop_is_cleared_up_at_the_next_use(
+    url: str, run_main: RunMain, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Never closed, and still held by somebody: on SQLite its transaction would lock everybody
+    else out, and on a server it would stay open."""
+    database = Database(url)
+
+    async def leave_open() -> list[Any]:
+        session = database.session_class(database.async_bind(BeginOptions("IMMEDIATE")))
+        await session.execute(text("select 1"))
+        return [session]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # asyncio, uvloop and SQLAlchemy find fault with it, too
+        left = run_main(leave_open())
+
+        async def write() -> None:
+            async with database.async_bind(BeginOptions("IMMEDIATE")).begin() as connection:
+                await connection.execute(text("create table t (n integer)"))
+            block_until(lambda: open_connections(url) == 1)
+
+        with caplog.at_level(logging.WARNING, "repom"):
+            run_main(write())
+        assert [message[:15] for message in warnings_of_repom(caplog)] == ["1 connection(s)"]
+        left.clear()
+        gc.collect()
     block_until(lambda: open_connections(url) == 0)
 
 

@@ -422,6 +422,21 @@ async def test_result_of_stream_is_an_open_cursor_until_it_is_read(database: Dat
         assert not scope.has_open_cursor
 
 
+async def test_cursor_that_was_not_read_to_its_end_is_closed_at_the_end(
+    database: Database,
+) -> None:
+    """MySQL commits nothing on a connection on which rows are still coming."""
+    async with session_scope(database) as session:
+        session.add_all(Note(id=n, text=f"{n}".zfill(80)) for n in range(1, 1000))
+        await session.flush()
+        session.expunge_all()
+        result = await session.stream_scalars(select(Note))
+        assert await anext(result)
+    assert len(texts(database)) == 999
+    assert_nothing_open(database)
+    del result
+
+
 async def test_ordinary_result_is_no_open_cursor(sqlite: Database) -> None:
     """Its rows are here already, read or not."""
     async with session_scope(sqlite) as session:

@@ -20,10 +20,8 @@ from repom import (
     session_scope,
 )
 from repom.database import Database
-from repom.ending import close_steps
 from repom.errors import CommitOutcomeUnknown, ScopeClosedError, TransactionError
 from repom.finish import finish
-from repom.participant import perform
 from repom.shield import EndingTask
 from repom.transaction import new_scope
 from tests.support.polling import until
@@ -35,6 +33,7 @@ from tests.support.units import (
     database,
     postgres,
     prepared,
+    remarks,
     texts,
     url_of,
 )
@@ -162,21 +161,6 @@ async def test_sibling_that_waits_for_a_connection_is_not_waited_for(postgres_ur
         assert_nothing_open(database)
 
 
-async def test_limit_in_the_very_turn_in_which_the_sibling_leaves(postgres: Database) -> None:
-    """Nobody is inside any more who could close the session, so the next step does."""
-    async with session_scope(postgres) as session:
-        await session.execute(insert(Note).values(text="a"))
-        (participant,) = current_scope().participants
-        steps = close_steps([participant, participant])
-        participant.gate.enter()
-        ending = EndingTask(perform(steps), loop=asyncio.get_running_loop(), limit=60)
-        await asyncio.sleep(0.01)
-        participant.gate.leave()
-        ending._expire()
-        await ending
-        assert checked_out(postgres) == 0
-
-
 async def test_pool_time_out_works_in_the_last_flush(postgres_url: str) -> None:
     """It is the first to need a connection, and there is none: that is its error."""
     pool = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 0.05}
@@ -242,6 +226,31 @@ async def test_statement_of_a_thread_past_the_limit_is_not_waited_for(postgres: 
     assert texts(postgres) == []
 
 
+async def test_flush_of_a_sync_session_past_the_limit(postgres: Database) -> None:
+    """What it has done when its thread gets on is rolled back."""
+    pool: Any = postgres.engine.pool
+
+    def change() -> None:
+        note = current_sync_session().scalars(select(Note)).one()
+        note.remark = "mine"
+
+    async def work() -> None:
+        scope = new_scope(postgres, end_timeout=0.1)
+        scope.enter()
+        try:
+            await anyio.to_thread.run_sync(change)
+            await finish(scope, commit=True)
+        finally:
+            scope.leave()
+
+    with locked_row(postgres):
+        with pytest.raises(TransactionError, match="flush on database"):
+            await work()
+        assert pool.checkedout() == 1
+    await until(lambda: pool.checkedout() == 0)
+    assert remarks(postgres) == [None]
+
+
 # --- sync sessions in a scope of the event loop -------------------------------------------------
 
 
@@ -290,7 +299,7 @@ async def test_sync_session_is_ended_in_a_thread(database: Database) -> None:
 async def test_pool_smaller_than_the_thread_pool_does_not_deadlock(postgres_url: str) -> None:
     """Endpoints that wait for a connection do not keep those from ending that could give one."""
     pool = {"pool_size": 3, "max_overflow": 0, "pool_timeout": 20}
-    endpoints = anyio.CapacityLimiter(10)
+    anyio.to_thread.current_default_thread_limiter().total_tokens = 10
     with prepared(postgres_url, engine_kwargs=pool) as database:
 
         def endpoint() -> None:
@@ -300,7 +309,7 @@ async def test_pool_smaller_than_the_thread_pool_does_not_deadlock(postgres_url:
             scope = new_scope(database)
             scope.enter()
             try:
-                await anyio.to_thread.run_sync(endpoint, limiter=endpoints)
+                await anyio.to_thread.run_sync(endpoint)
                 await finish(scope, commit=True)
             finally:
                 scope.leave()

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +28,7 @@ from repom.errors import (
     WrongEventLoopError,
     WrongThreadError,
 )
+from repom.registry import Databases
 from repom.scope import SessionScope
 from tests.support.units import Note, assert_nothing_open, database, postgres, sqlite, texts
 
@@ -179,6 +181,26 @@ async def test_left_over_task_is_told_that_its_scope_has_ended(sqlite: Database)
     await task
 
 
+async def test_thread_that_asks_in_the_moment_of_the_end(sqlite: Database) -> None:
+    """A session that it opened then would never be closed."""
+    looks_up = threading.Event()
+    ended = threading.Event()
+
+    class SlowDatabases(Databases):
+        def __getitem__(self, database: str | Database | None) -> Database:
+            looks_up.set()
+            ended.wait()
+            return super().__getitem__(database)
+
+    async with session_scope():
+        current_scope().databases = SlowDatabases({"default": sqlite})
+        asking = asyncio.create_task(asyncio.to_thread(current_sync_session))
+        await asyncio.to_thread(looks_up.wait)
+    ended.set()
+    with pytest.raises(ScopeClosedError):
+        await asking
+
+
 # --- rollback_only ------------------------------------------------------------------------------
 
 
@@ -274,11 +296,14 @@ async def test_scope_is_freed_when_its_block_is_left(
                 raise ZeroDivisionError
 
     await postgres.ping()  # a connection keeps alive the context that it was opened in
+    # The loop lets go of a cancelled timer when there is none before it.
+    other_timer = asyncio.get_running_loop().call_later(10, print)
     with without_garbage_collector():
         with suppress(ZeroDivisionError):
             await work()
         await asyncio.sleep(0)
         assert [reference() for reference in alive] == [None] * 4
+    other_timer.cancel()
 
 
 async def test_closed_scope_keeps_no_session_alive(sqlite: Database) -> None:

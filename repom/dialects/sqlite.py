@@ -156,6 +156,12 @@ class SQLite(Support):
     def abandon(self, driver_connection: Any) -> None:
         driver_connection.stop()
 
+    def _connect(self, connect: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        dbapi_connection = super()._connect(connect, *args, **kwargs)
+        driver_connection = getattr(dbapi_connection, "driver_connection", dbapi_connection)
+        _sqlite(driver_connection).is_delivered = True
+        return dbapi_connection
+
     def _begin(self, do_begin: Callable[..., None], connection: PoolProxiedConnection) -> None:
         super()._begin(do_begin, connection)
         marked = connection.info.pop(_IMMEDIATE, False)
@@ -232,6 +238,8 @@ class RepomSQLiteConnection(sqlite3.Connection):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.ticket: Ticket | None = None
         self.begun = False
+        #: Whether somebody has it who can close it.
+        self.is_delivered = False
         self._is_open = False
         super().__init__(*args, **kwargs)
         self._is_open = True
@@ -279,6 +287,9 @@ class RepomSQLiteConnection(sqlite3.Connection):
             self._ended()
 
     def __del__(self) -> None:
+        # Cancelled while it connects, aiosqlite drops the connection that its thread then makes.
+        if self._is_open and not self.is_delivered:
+            self.close()
         self.release()
         parent_del = getattr(super(), "__del__", None)
         if parent_del is not None:  # pragma: no cover - since 3.13, warns of the unclosed

@@ -25,10 +25,15 @@ from sqlalchemy.orm import Session
 from repom.database import BeginOptions, Database
 from repom.dialects.sqlite import SQLite, private_memory
 from repom.dialects.write_queue import WriteQueue, write_queue
-from repom.errors import ConfigurationError, DatabaseFileError, WouldDeadlockError
+from repom.errors import (
+    ConfigurationError,
+    DatabaseFileError,
+    TransactionAbortedError,
+    WouldDeadlockError,
+)
 from repom.transaction import session_scope, sync_session_scope
 from tests.dialects.drivers import Driver, open_driver
-from tests.support.polling import until
+from tests.support.polling import block_until, until
 from tests.support.reader import execute, rows
 
 NOBODY = 65534  # the user id
@@ -120,25 +125,56 @@ async def test_ddl_is_rolled_back(driver: Driver) -> None:
     assert rows(driver.url, "select name from sqlite_master") == [("t",)]
 
 
-async def test_work_after_an_auto_rollback_is_not_committed(driver: Driver) -> None:
-    """SQLite has ended the transaction, and would let each statement that follows commit itself:
-    plain ones, DDL, and savepoints."""
-    async with driver.work() as work:
-        await work.do(statement("create unique index u on t (n)"))
-        assert await work.commit() is None
+@pytest.mark.parametrize("what", ["insert", "ddl", "savepoint"])
+async def test_work_after_an_auto_rollback_is_not_committed(driver: Driver, what: str) -> None:
+    """SQLite has ended the transaction, and would let each statement that follows commit itself,
+    and RELEASE the savepoint, too."""
+    execute(driver.url, "create unique index u on t (n)")
 
-        def swallow_and_go_on(session: Session) -> None:
-            with pytest.raises(IntegrityError):
-                session.execute(text("insert or rollback into t values (0)"))
+    def swallow_and_go_on(session: Session) -> None:
+        with pytest.raises(IntegrityError):
+            session.execute(text("insert or rollback into t values (0)"))
+        if what == "insert":
             session.execute(text("insert into t values (1)"))
+        elif what == "ddl":
             session.execute(text("create table other (n integer)"))
+        else:
             with session.begin_nested():
                 session.execute(text("insert into t values (2)"))
 
+    async with driver.work() as work:
         await work.do(swallow_and_go_on)
-        assert await work.commit() is not None
+        assert isinstance(await work.commit(), TransactionAbortedError)
     assert numbers(driver.url) == [0]
     assert rows(driver.url, "select name from sqlite_master where type = 'table'") == [("t",)]
+
+
+async def test_a_refused_commit_ends_the_transaction(driver: Driver) -> None:
+    """SQLite leaves it open when a deferred constraint fails, and SQLAlchemy takes it for over:
+    the connection would go back to the pool with its lock."""
+    execute(driver.url, "create table parent (id integer primary key)")
+    execute(
+        driver.url,
+        "create table child (id integer references parent (id) deferrable initially deferred)",
+    )
+    connection: Any
+    if driver.is_async:
+        connection = await driver.database.async_bind(WRITER).connect()
+        await connection.execute(text("insert into child values (1)"))
+        with pytest.raises(IntegrityError):
+            await connection.commit()
+        await connection.close()
+    else:
+        with driver.database.sync_bind(WRITER).connect() as connection:
+            connection.execute(text("insert into child values (1)"))
+            with pytest.raises(IntegrityError):
+                connection.commit()
+    assert not is_locked(driver.url)
+    assert line(driver.database).holder() is None
+    async with driver.work(WRITER) as work:
+        await work.do(statement("insert into t values (1)"))
+        assert await work.commit() is None
+    assert rows(driver.url, "select * from child") == []
 
 
 @pytest.mark.parametrize(
@@ -380,8 +416,7 @@ async def test_what_is_no_database_is_an_error_that_names_the_file(tmp_path: Pat
 
 @pytest.mark.parametrize("form", ["file:{}?mode=ro&uri=true", "file://{}?uri=true&mode=ro"])
 async def test_a_read_only_url_reads_only(sqlite_url: str, form: str) -> None:
-    """`mode=ro` opens a WAL database without trying to change its journal mode."""
-    execute(sqlite_url, "pragma journal_mode = wal")
+    """`mode=ro` opens a database as it is, without trying to change its journal mode."""
     execute(sqlite_url, "create table t (n integer)")
     path = make_url(sqlite_url).database or ""
     database = Database("sqlite:///" + form.format(path))
@@ -725,6 +760,20 @@ async def test_a_forgotten_session_gives_its_place_up(database: Database, world:
             gc.collect()
 
 
+async def test_a_forgotten_connection_without_a_pool_gives_its_place_up(
+    database: Database,
+) -> None:
+    """Detached, it is nobody's business but the garbage collector's."""
+    connection = await asyncio.to_thread(database.sync_bind(WRITER).connect)
+    await asyncio.to_thread(connection.execute, text("select * from t"))
+    connection.detach()
+    async with waiting(database):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # of Python 3.13
+            del connection
+            gc.collect()
+
+
 async def test_a_scope_cancelled_while_it_begins_gives_its_place_up(database: Database) -> None:
     """BEGIN is still waiting for another process in the connection's thread when the task is
     cancelled: the lock that it then gets is given back, and so is its place."""
@@ -831,6 +880,25 @@ def test_a_sync_scope_inside_a_scope_is_told_at_once(sqlite_url: str) -> None:
         session.execute(text("select * from t"))
     database.dispose_sync()
     other.dispose_sync()
+
+
+def test_a_sync_scope_of_another_thread_may_wait(sqlite_url: str) -> None:
+    """It is enclosed by nothing, so the one that holds the lock can end before it."""
+    execute(sqlite_url, "create table t (n integer)")
+    database = Database(sqlite_url)
+
+    def write() -> None:
+        with sync_session_scope(database) as session:
+            session.execute(text("insert into t values (1)"))
+
+    thread = threading.Thread(target=write)
+    with sync_session_scope(database) as session:
+        session.execute(text("select * from t"))
+        thread.start()
+        block_until(lambda: len(line(database)._line) == 2)
+    thread.join()
+    assert numbers(sqlite_url) == [1]
+    database.dispose_sync()
 
 
 async def test_sync_code_that_would_block_the_holders_loop_is_told_at_once(

@@ -9,6 +9,7 @@ from sqlalchemy import Column, Integer, MetaData, String, Table, insert
 
 from repom import Database, current_session, current_sync_session
 from repom.config import reset_config
+from repom.middleware import DatabaseSessionMiddleware
 from repom.registry import forget_configured, get_database
 from tests.support.asgi import ASGIApp, Message, Receive, Scope, Send
 from tests.support.reader import execute, rows
@@ -113,3 +114,23 @@ def responding(respond: Callable[[Send], Awaitable[object]]) -> ASGIApp:
         await respond(send)
 
     return app
+
+
+def serve(
+    database: Database, respond: Callable[[Send], Awaitable[object]], **options: Any
+) -> ASGIApp:
+    """An application behind the middleware that only has to know how to send."""
+    return DatabaseSessionMiddleware(responding(respond), database, **options)
+
+
+class Sight:
+    """What a client and a second connection see, at each message that reaches the wire."""
+
+    def __init__(self, database: Database, url: str) -> None:
+        self.seen: list[tuple[str, list[str], int]] = []
+        self._database = database
+        self._url = url
+
+    def __call__(self, message: Message) -> None:
+        kind = message["type"].rpartition(".")[2]
+        self.seen.append((kind, notes(self._url), connections_in_use(self._database)))

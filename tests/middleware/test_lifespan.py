@@ -1,5 +1,6 @@
 """The start and the end of the application."""
 
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -150,17 +151,18 @@ def with_a_bad_hook(configuration: pytest.MonkeyPatch, folder: Path) -> None:
     configuration.setenv("CONFIG_HOOK", "no_such_module:function")
 
 
+def without_its_driver(configuration: pytest.MonkeyPatch, folder: Path) -> str:
+    configuration.setitem(sys.modules, "asyncpg", None)
+    return "postgresql://nowhere/test"
+
+
 WRONG: dict[str, tuple[Configure, type[ConfigurationError], str]] = {
     "unusable URL": (
         lambda *_: "postgresql:/oops",
         DatabaseURLError,
         "does not begin with a dialect",
     ),
-    "missing driver": (
-        lambda *_: "mysql+asyncmy://root@127.0.0.1/test",
-        MissingDriverError,
-        "pip install",
-    ),
+    "missing driver": (without_its_driver, MissingDriverError, "pip install"),
     "unwritable file": (in_a_file, DatabaseFileError, "db.sqlite3"),
     "unwritable file, second": (
         lambda *given: {"default": "sqlite://", "other": in_a_file(*given)},

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -37,13 +36,6 @@ from tests.middleware.notes import (
 )
 from tests.support.asgi import Receive, Scope, Send, request, websocket
 from tests.support.reader import connect
-
-
-@pytest.fixture
-async def database(database_url: str) -> AsyncIterator[Database]:
-    """An empty table of notes, on each kind of database."""
-    async with notes_database(database_url) as database:
-        yield database
 
 
 async def write_and_answer(send: Send) -> None:

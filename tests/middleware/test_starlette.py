@@ -1,6 +1,7 @@
 """A COMMIT that fails, in Starlette and FastAPI: their own exception handlers answer for it."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,11 +15,13 @@ from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 
 from repom import Database, current_session
+from repom.errors import TransactionAbortedError
 from repom.middleware import DatabaseSessionMiddleware
 from tests.middleware.notes import (
     NOTE,
@@ -32,21 +35,6 @@ from tests.support.asgi import ASGIApp, Receive, Scope, Send, request
 from tests.support.reader import execute
 
 START = "http.response.start"
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def deferring_url(request: pytest.FixtureRequest) -> str:
-    """The URL of a database that finds a wrong parent of a note at COMMIT."""
-    name = {"sqlite": "sqlite_url", "postgresql": "postgres_url"}[request.param]
-    url: str = request.getfixturevalue(name)
-    return url
-
-
-@pytest.fixture
-async def deferring(deferring_url: str) -> AsyncIterator[Database]:
-    """An empty table of notes, where COMMIT refuses one with the parent `NOWHERE`."""
-    async with notes_database(deferring_url) as database:
-        yield database
 
 
 # --- the handlers, the layers inside the middleware, and what the endpoint does besides
@@ -149,6 +137,7 @@ MAKE = {"starlette": starlette_app, "fastapi": fastapi_app}
 INSIDE: dict[str, list[Any]] = {
     "nothing": [],
     "BaseHTTPMiddleware": [Passing],
+    "GZip": [GZipMiddleware],
     "catch-all": [CatchAll],
     "BaseHTTPMiddleware, catch-all": [Passing, CatchAll],
     "catch-all, BaseHTTPMiddleware": [CatchAll, Passing],
@@ -339,6 +328,27 @@ async def test_handler_of_a_base_class(deferring: Database) -> None:
     """A handler answers for the classes below the one it is registered for."""
     response = await request(app_with(deferring, {SQLAlchemyError: conflict}), "POST")
     assert (response.status, response.json()) == (409, {"detail": "IntegrityError"})
+
+
+async def test_aborted_transaction_is_not_a_database_error(postgres_url: str) -> None:
+    """A handler for `SQLAlchemyError` is not asked about it: its 409 would be wrong."""
+    async with notes_database(postgres_url) as database:
+
+        async def create(request: Request) -> Response:
+            await write("a")
+            with contextlib.suppress(IntegrityError):
+                await write("a")
+            return JSONResponse({"ok": True}, 201)
+
+        app = Starlette(
+            routes=[Route("/", create, methods=["POST"])],
+            middleware=[Middleware(DatabaseSessionMiddleware, database)],
+            exception_handlers={SQLAlchemyError: conflict},
+        )
+        response = await request(app, "POST")
+    assert response.status == 500
+    assert isinstance(response.exception, TransactionAbortedError)
+    assert notes(postgres_url) == []
 
 
 async def test_handler_for_everything(deferring: Database) -> None:
