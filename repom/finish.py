@@ -33,12 +33,12 @@ async def end(scope: SessionScope, *, commit: bool) -> None:
     """
     if commit and not scope.is_open:
         raise scope_closed()
-    await _end_and_call(scope, commit)
+    await _end_and_call(scope, commit, finishing=False)
 
 
-async def _end_and_call(scope: SessionScope, commit: bool) -> None:
+async def _end_and_call(scope: SessionScope, commit: bool, *, finishing: bool) -> None:
     try:
-        await _end_transactions(scope, commit)
+        await _end_transactions(scope, commit, finishing)
     except Exception:
         await _run_callbacks(scope)
         raise
@@ -53,7 +53,7 @@ async def finish(scope: SessionScope, *, commit: bool) -> None:
     """
     scope.refuse_work()
     try:
-        await _end_and_call(scope, commit)
+        await _end_and_call(scope, commit, finishing=True)
     finally:
         try:
             # A sibling that was let in before may have begun something since.
@@ -88,19 +88,18 @@ def finish_sync(scope: SessionScope, *, commit: bool) -> None:
 # --- transactions
 
 
-async def _end_transactions(scope: SessionScope, commit: bool) -> None:
+async def _end_transactions(scope: SessionScope, commit: bool, finishing: bool) -> None:
     if scope.in_transaction:
-        await run_to_end(_end(scope, commit), limit=scope.end_timeout)
+        await run_to_end(_end(scope, commit, finishing), limit=scope.end_timeout)
     else:
         _settle(scope, commit)
 
 
-async def _end(scope: SessionScope, commit: bool) -> None:
+async def _end(scope: SessionScope, commit: bool, finishing: bool) -> None:
     # Runs to its end in any case, so that the callbacks always learn what has happened.
-    was_open = scope.is_open
     # One end at a time: what one task is about to commit, another must not roll back.
     async with scope.turn:
-        if commit and was_open and not scope.is_open:
+        if commit and not finishing and not scope.is_open:
             raise scope_closed()
         try:
             await perform(_ending_steps(scope, commit))

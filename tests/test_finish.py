@@ -772,3 +772,19 @@ async def test_commit_does_not_succeed_with_what_is_rolled_back(sqlite: Database
         with pytest.raises(ScopeClosedError):
             await end(scope, commit=True)
     assert texts(sqlite) == []
+
+
+async def test_commit_that_has_only_been_asked_for_does_not_outrun_the_end(
+    sqlite: Database,
+) -> None:
+    """The app raises in the very turn of the loop in which a task of it asked for COMMIT."""
+    with scope_of(default=sqlite) as scope:
+        session = current_session()
+        session.add(Note(text="a"))
+        await session.flush()
+        committing = asyncio.create_task(end(scope, commit=True))
+        await asyncio.sleep(0)
+        await finish(scope, commit=False)
+        with pytest.raises(ScopeClosedError):
+            await committing
+    assert texts(sqlite) == []

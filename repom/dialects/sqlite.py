@@ -27,6 +27,7 @@ from repom.dialects.write_queue import Ticket, WriteQueue, write_queue
 from repom.errors import (
     ConfigurationError,
     DatabaseFileError,
+    DatabaseUnreachableError,
     RepomError,
     WouldDeadlockError,
 )
@@ -151,6 +152,12 @@ class SQLite(Support):
         return super().is_aborted(connection) or (sqlite.begun and not sqlite.in_transaction)
 
     def connect_failed(self, error: Exception) -> RepomError:
+        if _is_busy(error):
+            return DatabaseUnreachableError(
+                f"no connection to the SQLite database {self.path}: another process has locked "
+                f"it, and has not let go for {self.timeout:g} s ({error}).\n"
+                "Let that one end its transaction, or wait longer: ?timeout=60 in the URL."
+            )
         return DatabaseFileError(_cannot_open(self.path, error))
 
     def abandon(self, driver_connection: Any) -> None:
@@ -261,7 +268,7 @@ class RepomSQLiteConnection(sqlite3.Connection):
             except sqlite3.OperationalError as error:
                 # The first connection to a new file has to lock it for this. SQLite does not
                 # wait for others then, such as those of processes that start at the same time.
-                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                if not _is_busy(error) or time.monotonic() > end:
                     raise
                 time.sleep(_WAL_PAUSE)
             else:
@@ -316,6 +323,11 @@ def _factory(base: Any, *, read_only: bool) -> Any:
 def _sqlite(driver_connection: Any) -> RepomSQLiteConnection:
     """The sqlite3 connection, which aiosqlite wraps and SQLAlchemy's own dialect unwraps so."""
     return getattr(driver_connection, "_conn", driver_connection)  # type: ignore[no-any-return]
+
+
+def _is_busy(error: Exception) -> bool:
+    # The low byte: SQLITE_BUSY_RECOVERY and its like say the same, and why.
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
 
 
 def _is_uri(url: URL) -> bool:

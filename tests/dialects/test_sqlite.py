@@ -28,6 +28,7 @@ from repom.dialects.write_queue import WriteQueue, write_queue
 from repom.errors import (
     ConfigurationError,
     DatabaseFileError,
+    DatabaseUnreachableError,
     TransactionAbortedError,
     WouldDeadlockError,
 )
@@ -649,12 +650,12 @@ async def test_waiting_for_too_long_is_an_error_that_says_so(sqlite_url: str, na
 def test_a_file_that_stays_locked_while_it_is_switched_to_wal_is_an_error(
     sqlite_url: str,
 ) -> None:
-    """There, too, the waiting has an end."""
+    """There, too, the waiting has an end; and nobody is told to look for a permission."""
     execute(sqlite_url, "create table t (n integer)")
     database = Database(sqlite_url + "?timeout=0.05")
     with (
         other_process_holds_lock(sqlite_url),
-        pytest.raises(DatabaseFileError, match="database is locked"),
+        pytest.raises(DatabaseUnreachableError, match="another process has locked it"),
     ):
         database.engine.connect()
 
