@@ -1,29 +1,22 @@
 """The promises over real sockets: uvicorn, and clients that know nothing of the server."""
 
-import asyncio
 import http.client
 import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from fastapi import Depends, FastAPI, Request, WebSocket
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from sqlalchemy import insert, select
-from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncSession
+from fastapi import FastAPI
 from websockets.sync.client import connect as connect_websocket
 
-from repom import current_session, session_scope
-from repom.async_session import get_async_db_session
-from repom.middleware import DatabaseSessionMiddleware
-from tests.middleware.notes import NOTE, NOWHERE, create_notes, notes, write
+from tests.integration import served
+from tests.middleware.notes import create_notes, notes
 from tests.support.databases import CLOSE_TIMEOUT
 from tests.support.reader import ask, connect, connections
 from tests.support.sockets import serve
@@ -31,57 +24,9 @@ from tests.support.sockets import serve
 POSTS = 200
 
 
-async def conflict(request: Request, error: Exception) -> Response:
-    return JSONResponse({"detail": "conflict"}, 409)
-
-
 def app_for(url: str) -> FastAPI:
-    """An app with an endpoint for each thing that a client can meet."""
     create_notes(url)
-    app = FastAPI(exception_handlers={IntegrityError: conflict})
-    app.add_middleware(DatabaseSessionMiddleware, url)
-
-    @app.post("/notes/{text}", status_code=201)
-    async def create(text: str, session: AsyncSession = Depends(get_async_db_session)) -> str:
-        await session.execute(insert(NOTE).values(text=text))
-        return text
-
-    @app.post("/refused", status_code=201)
-    async def refused() -> None:
-        await write("refused", parent=NOWHERE)
-
-    @app.post("/broken")
-    async def broken() -> StreamingResponse:
-        async def body() -> AsyncIterator[bytes]:
-            yield b"x" * 1000
-            await write("broken", parent=NOWHERE)
-
-        return StreamingResponse(body())
-
-    @app.post("/endless")
-    async def endless() -> StreamingResponse:
-        async def body() -> AsyncIterator[bytes]:
-            await write("endless")
-            while True:
-                yield b"x" * 65536
-                await asyncio.sleep(0)  # or nobody could notice that the client is gone
-
-        return StreamingResponse(body())
-
-    @app.get("/notes")
-    async def export() -> StreamingResponse:
-        rows = await current_session().stream(select(NOTE.c.text).order_by(NOTE.c.text))
-        return StreamingResponse(row.text async for row in rows)
-
-    @app.websocket("/")
-    async def chat(connection: WebSocket) -> None:
-        await connection.accept()
-        async for text in connection.iter_text():
-            async with session_scope():
-                await write(text)
-            await connection.send_text(text)
-
-    return app
+    return served.app_for(url)
 
 
 @contextmanager

@@ -90,6 +90,7 @@ class Process:
 
     def __init__(self, args: Sequence[str], env: Mapping[str, str], log: IO[bytes]) -> None:
         self._log = log
+        self._printed = ""
         self.popen = subprocess.Popen(
             [sys.executable, *args],
             env={**os.environ, **env},
@@ -100,7 +101,9 @@ class Process:
         )
 
     def output(self) -> str:
-        """Return what the process has printed so far."""
+        """Return what the process has printed so far, or until its end."""
+        if self._log.closed:
+            return self._printed
         return os.pread(self._log.fileno(), 1_000_000, 0).decode(errors="replace")
 
     def wait_until_ready(self, url: str, deadline: float) -> None:
@@ -166,6 +169,7 @@ def serve_process(
             yield process
         finally:
             failure = process.stop()
+            process._printed = process.output()
     if failure:
         raise RuntimeError(failure)
 
