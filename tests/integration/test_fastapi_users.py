@@ -16,7 +16,7 @@ from repom.config import reset_config
 from repom.middleware import DatabaseSessionMiddleware
 from repom.models import Base
 from repom.registry import forget_configured, get_database
-from tests.support.reader import rows
+from tests.support.reader import execute, rows
 
 pytest.importorskip("fastapi_users", reason="not installed: it needs SQLAlchemy < 2.1")
 if int(importlib.metadata.version("fastapi-users-db-sqlalchemy").split(".")[0]) < 7:
@@ -44,6 +44,14 @@ class UserCreate(schemas.BaseUserCreate):
     pass
 
 
+class UserUpdate(schemas.BaseUserUpdate):
+    pass
+
+
+#: The last token that was sent to an address.
+mail: dict[str, str] = {}
+
+
 class Welcome(Exception):  # noqa: N818
     """What goes wrong after FastAPI Users has created its user."""
 
@@ -55,6 +63,13 @@ class UserManager(IntegerIDMixin, BaseUserManager[User, int]):
     async def on_after_register(self, user: User, request: Any = None) -> None:
         if user.email.startswith("unwelcome"):
             raise Welcome
+
+    # What an application sends by e-mail, the tests read from here.
+    async def on_after_request_verify(self, user: User, token: str, request: Any = None) -> None:
+        mail[user.email] = token
+
+    async def on_after_forgot_password(self, user: User, token: str, request: Any = None) -> None:
+        mail[user.email] = token
 
 
 async def get_user_db(
@@ -90,6 +105,11 @@ def make_app() -> FastAPI:
     app.include_router(
         fastapi_users.get_register_router(UserRead, UserCreate), prefix="/auth", tags=["auth"]
     )
+    app.include_router(fastapi_users.get_reset_password_router(), prefix="/auth", tags=["auth"])
+    app.include_router(fastapi_users.get_verify_router(UserRead), prefix="/auth", tags=["auth"])
+    app.include_router(
+        fastapi_users.get_users_router(UserRead, UserUpdate), prefix="/users", tags=["users"]
+    )
     current_user = fastapi_users.current_user(active=True)
 
     @app.get("/me")
@@ -123,18 +143,52 @@ async def app(
     reset_config()
 
 
-async def test_register_login_me(app: FastAPI, database_url: str) -> None:
-    """The flow of FastAPI Users' documentation works, and what it answers is in the database."""
+async def log_in(client: httpx.AsyncClient, email: str, password: str) -> httpx.Response:
+    answer = await client.post("/auth/jwt/login", data={"username": email, "password": password})
+    if answer.is_success:
+        client.headers["Authorization"] = f"Bearer {answer.json()['access_token']}"
+    return answer
+
+
+async def test_the_whole_flow(app: FastAPI, database_url: str) -> None:
+    """Register, log in, me, update, verify, forgotten password, delete: every answer of FastAPI
+    Users' own routers is what the database holds when it arrives."""
+
+    def stored() -> list[tuple[str, bool]]:
+        found = rows(database_url, f"SELECT email, is_verified FROM {table(database_url)}")
+        return [(email, bool(is_verified)) for email, is_verified in found]
+
     async with client_of(app) as client:
         registered = await client.post("/auth/register", json=ALICE)
         assert registered.status_code == 201, registered.text
-        assert count_users(database_url) == 1
-        twice = await client.post("/auth/register", json=ALICE)
-        assert twice.status_code == 400
-        credentials = {"username": ALICE["email"], "password": ALICE["password"]}
-        token = (await client.post("/auth/jwt/login", data=credentials)).json()["access_token"]
-        me = await client.get("/me", headers={"Authorization": f"Bearer {token}"})
-    assert me.json() == {"email": "alice@example.com"}
+        assert stored() == [("alice@example.com", False)]
+        assert (await client.post("/auth/register", json=ALICE)).status_code == 400
+
+        assert (await log_in(client, ALICE["email"], "wrong")).status_code == 400
+        assert (await log_in(client, **ALICE)).status_code == 200
+        assert (await client.get("/me")).json() == {"email": "alice@example.com"}
+
+        changed = await client.patch("/users/me", json={"email": "alice@example.org"})
+        assert changed.status_code == 200, changed.text
+        assert stored() == [("alice@example.org", False)]
+
+        address = {"email": "alice@example.org"}
+        assert (await client.post("/auth/request-verify-token", json=address)).status_code == 202
+        token = {"token": mail.pop("alice@example.org")}
+        assert (await client.post("/auth/verify", json=token)).status_code == 200
+        assert stored() == [("alice@example.org", True)]
+
+        assert (await client.post("/auth/forgot-password", json=address)).status_code == 202
+        token = {"token": mail.pop("alice@example.org"), "password": "battery staple"}
+        assert (await client.post("/auth/reset-password", json=token)).status_code == 200
+        assert (await log_in(client, "alice@example.org", ALICE["password"])).status_code == 400
+        assert (await log_in(client, "alice@example.org", "battery staple")).status_code == 200
+
+        me = f"/users/{(await client.get('/users/me')).json()['id']}"
+        assert (await client.delete(me)).status_code == 403
+        execute(database_url, f"UPDATE {table(database_url)} SET is_superuser = true")
+        assert (await client.delete(me)).status_code == 204
+        assert stored() == []
 
 
 async def test_a_request_that_fails_later_leaves_no_user(database_url: str) -> None:
@@ -189,5 +243,8 @@ async def test_the_adapter_uses_the_session_of_the_request(database_url: str) ->
 
 
 def count_users(url: str) -> int:
-    table = '"user"' if "mysql" not in url else "user"
-    return int(rows(url, f"SELECT count(*) FROM {table}")[0][0])
+    return int(rows(url, f"SELECT count(*) FROM {table(url)}")[0][0])
+
+
+def table(url: str) -> str:
+    return "user" if "mysql" in url else '"user"'
