@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from sqlalchemy import URL, Engine, MetaData, create_engine, orm
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
+    async_sessionmaker,
     create_async_engine,
 )
 from sqlalchemy.orm import Session
@@ -21,8 +22,11 @@ from sqlalchemy.orm import Session
 from repom.config import RepomConfig, get_config
 from repom.dialects import Begin, Support, support_for
 from repom.dialects.sqlite import immediate_engine, is_sqlite, private_memory
+from repom.errors import ConfigurationError
 from repom.loops import LoopEngines, close_returned
 from repom.urls import parse_url, require_driver, safe, to_async, to_sync
+
+logger = logging.getLogger("repom")
 
 #: Laid under every `session_kwargs`.
 SESSION_DEFAULTS: Mapping[str, Any] = {
@@ -155,8 +159,8 @@ class Database:
         """The sync engine, for sessions whose transactions begin as `options` say."""
         bind = self._sync_variants.get(options)
         if bind is None:
-            bind = self._variant(self.engine, options)
-            self._sync_variants[options] = bind
+            with self._mutex:  # or a `dispose()` meanwhile would leave us an engine it has ended
+                bind = self._sync_variants[options] = self._variant(self.engine, options)
         return bind
 
     # --- sessions
@@ -179,11 +183,22 @@ class Database:
     def check(self) -> None:
         """Raise now what the first session would: asks no server.
 
+        One of the two worlds is enough: an application of `def` endpoints needs no async
+        driver. That the async one cannot be used is then a warning.
+
         Raises:
-            ConfigurationError: no async driver for the URL, driver not installed, an SQLite
-                file that cannot be written.
+            ConfigurationError: no driver for the URL, driver not installed, an SQLite file that
+                cannot be written.
         """
-        self._async_support().check()
+        try:
+            support = self._async_support()
+        except ConfigurationError as error:
+            try:
+                support = self._sync_support()
+            except ConfigurationError:
+                raise error from None
+            logger.warning("%r can be used by sync code only. %s", self, error)
+        support.check()
 
     async def ping(self) -> None:
         """Connect and run `SELECT 1`, for a readiness check.
@@ -237,7 +252,7 @@ class Database:
 
     def new_engine(self, **engine_kwargs: Any) -> Engine:
         """A new `Engine`: the sync twin of `new_async_engine`."""
-        support = self._support(to_sync, is_async=False)
+        support = self._sync_support()
         engine = create_engine(support.url, **self._create_kwargs(support, engine_kwargs))
         support.install(engine)
         return engine
@@ -262,6 +277,9 @@ class Database:
     def _async_support(self) -> Support:
         return self._support(to_async, is_async=True)
 
+    def _sync_support(self) -> Support:
+        return self._support(to_sync, is_async=False)
+
     def _support(
         self, convert: Callable[[URL], tuple[URL, dict[str, Any]]], *, is_async: bool
     ) -> Support:
@@ -283,20 +301,15 @@ class Database:
         return kwargs
 
 
-class LoopSessionmaker:
+class LoopSessionmaker(async_sessionmaker[AsyncSession]):
     """An `async_sessionmaker` that finds the running loop's engine at each call."""
 
     def __init__(self, database: Database) -> None:
+        super().__init__(class_=database.session_class, **database.session_kwargs)
         self._database = database
 
-    def __call__(self, **kwargs: Any) -> AsyncSession:
-        """A new `AsyncSession`; `kwargs` as for `async_sessionmaker`."""
-        database = self._database
-        kwargs = {"bind": database.async_engine, **database.session_kwargs, **kwargs}
-        return database.session_class(**kwargs)
-
-    @asynccontextmanager
-    async def begin(self) -> AsyncIterator[AsyncSession]:
-        """As `async_sessionmaker.begin`: a session and a transaction that commits."""
-        async with self() as session, session.begin():
-            yield session
+    def __call__(self, **local_kw: Any) -> AsyncSession:
+        """A new `AsyncSession`; `local_kw` as for `async_sessionmaker`."""
+        if local_kw.get("bind") is None and self.kw.get("bind") is None:
+            local_kw["bind"] = self._database.async_engine
+        return super().__call__(**local_kw)

@@ -159,7 +159,8 @@ def test_server_that_stops(server: str, request: pytest.FixtureRequest) -> None:
 
 WRONG: dict[str, tuple[str, str]] = {
     "missing driver": (
-        "sys.modules['aiosqlite'] = None",
+        "sys.modules.update(asyncpg=None, psycopg=None, psycopg2=None)\n"
+        "os.environ['REPOM_DATABASE_URL'] = 'postgresql://nowhere/test'",
         "ERROR:    MissingDriverError: The database",
     ),
     "bad hook": (
