@@ -19,13 +19,16 @@ $(VENV)/.%: pyproject.toml
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	@touch $@
 
+# One process for each core; WORKERS= for a single one, in which `ARGS=--pdb` works.
+WORKERS ?= --numprocesses=auto --dist=worksteal
+
 .PHONY: test
 test: $(VENV)/.test,users  ## all tests; PostgreSQL and MariaDB where they are reachable
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest $(WORKERS) $(ARGS)
 
 .PHONY: coverage
 coverage: $(VENV)/.test,users  ## the same, with the lines and branches that no test has run
-	$(VENV)/bin/python -m pytest --cov --cov-report=term-missing $(ARGS)
+	$(VENV)/bin/python -m pytest $(WORKERS) --cov --cov-report=term-missing $(ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.test,users,lint  ## style and types
@@ -60,7 +63,7 @@ $(COMBINATIONS):
 		$(environment)/bin/python -m pip install --quiet --disable-pip-version-check \
 			--editable '.[test$(if $(filter 2.0,$(sqlalchemy)),$(comma)users)]' \
 			'sqlalchemy==$(sqlalchemy).*' && \
-		$(environment)/bin/python -X dev -m pytest --quiet $(ARGS); \
+		$(environment)/bin/python -X dev -W error -m pytest $(WORKERS) --quiet $(ARGS); \
 	fi
 comma := ,
 

@@ -5,6 +5,7 @@ that start with `invisible-code-block: python`.
 """
 
 import asyncio
+import importlib
 import os
 import sys
 from collections.abc import AsyncIterator
@@ -17,9 +18,9 @@ import httpx
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
+import repom.models
 from repom import registry
 from repom.config import reset_config
-from repom.models import Base
 
 _SETTINGS = ("DATABASE_URL", "REPOM_DATABASE_URL", "CONFIG_HOOK")
 _before: dict[str, Any] = {}
@@ -51,15 +52,17 @@ def _setup(namespace: dict[str, Any]) -> None:
     # As a script's: pydantic looks for the annotations of a class in the module of its name.
     namespace.update(__name__="__main__", docs=_before["cwd"] / "docs")
     namespace.update(client_of=client_of, asyncio=asyncio)
+    # With a `Base` of its own, since each guide maps an Article, and tests have mapped theirs.
+    _before.update(models=sys.modules.pop("repom.models"))
+    repom.models = importlib.import_module("repom.models")
 
 
 def _teardown(namespace: dict[str, Any]) -> None:
     for database in registry.configured_so_far():
         database.dispose_sync()
     _forget_configuration()
-    # The next guide maps its own Article. Tests, which map theirs at import, have run before.
-    Base.metadata.clear()
-    Base.registry.dispose()
+    repom.models.Base.registry.dispose()
+    repom.models = sys.modules["repom.models"] = _before["models"]
     sys.path.remove(_before["folder"].name)
     os.chdir(_before["cwd"])
     for name in _SETTINGS:
