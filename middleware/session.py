@@ -10,7 +10,7 @@ from typing import get_args
 from sqlalchemy import URL
 
 from repom.config import RepomConfig
-from repom.context import surroundings
+from repom.context import Surroundings, surroundings
 from repom.current import Outside
 from repom.database import BeginOptions, Database
 from repom.errors import ConfigurationError
@@ -102,7 +102,7 @@ class DatabaseSessionMiddleware:
             await self._live(scope, receive, send)
         elif kind not in ("http", "websocket"):
             await self.app(scope, receive, send)
-        elif SCOPE_KEY in scope:
+        elif SCOPE_KEY in scope and _is_inside(scope[SCOPE_KEY]):
             self._check_joined(scope[SCOPE_KEY].databases)
             await self.app(scope, receive, send)
         else:
@@ -166,6 +166,17 @@ class DatabaseSessionMiddleware:
                     f"has {outer[name]!r}, the one inside it {database!r}.\n"
                     "Give the two databases different names, or both middlewares the same Database."
                 )
+
+
+def _is_inside(outer: Surroundings) -> bool:
+    """Whether this code runs inside `outer`, and is no second attempt beside it.
+
+    A layer that tries again may do so while the first attempt has not returned.
+    """
+    here = surroundings.get()
+    while here is not None and here is not outer:
+        here = here.parent
+    return here is outer
 
 
 @contextmanager

@@ -72,7 +72,10 @@ class DurableAtomicError(ScopeError):
 
 
 class InnerCommitError(ScopeError):
-    """Code that does not own the unit of work called `commit()` under `inner_commits="forbid"`."""
+    """Code that does not own the unit of work tried to end its transaction.
+
+    By `commit()` under `inner_commits="forbid"`, or by COMMIT, ROLLBACK or BEGIN as text.
+    """
 
 
 class WouldDeadlockError(ScopeError):

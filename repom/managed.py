@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
-from sqlalchemy import event
+from sqlalchemy import Connection, TextClause, event
 from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import await_only
@@ -45,6 +46,17 @@ _OPERATIONS = (
     "merge_all",
     "prepare",
     "refresh",
+    "rollback",
+    "scalar",
+    "scalars",
+)
+
+#: The same of Connection.
+_CONNECTION_OPERATIONS = (
+    "begin_nested",
+    "commit",
+    "exec_driver_sql",
+    "execute",
     "rollback",
     "scalar",
     "scalars",
@@ -139,7 +151,7 @@ def _make(base: type[Session]) -> type[Session]:
         # The block of a plain begin() commits when left. As a savepoint it means the same,
         # but for the owner having the last word.
         nested = nested or policy == "defer"
-        transaction: SessionTransaction = _inside(self, begin_inside, nested)
+        transaction: SessionTransaction = _inside(self, begin_inside, self, nested)
         return transaction
 
     def begin_inside(self: Any, nested: bool) -> SessionTransaction:
@@ -152,13 +164,13 @@ def _make(base: type[Session]) -> type[Session]:
         policy = self.repom_inner_commits
         if policy == "forbid":
             raise commit_forbidden("commit")
-        _inside(self, base.commit if policy == "allow" else base.flush)
+        _inside(self, base.commit if policy == "allow" else base.flush, self)
 
     def close(self: Any) -> None:
         # Deferred commits must outlive a `close()` that follows them, as one does at the end
         # of every `async with session:` block. The owner closes.
         if self.repom_inner_commits == "allow":
-            _inside(self, base.close)
+            _inside(self, base.close, self)
 
     namespace: dict[str, Any] = {
         name: _through_the_gate(getattr(base, name)) for name in _OPERATIONS if hasattr(base, name)
@@ -168,6 +180,7 @@ def _make(base: type[Session]) -> type[Session]:
     namespace["repom_close"] = base.close
     namespace["_warn_on_events"] = property(_is_own_flush, _set_flushing)
     managed = type(f"Managed{base.__name__}", (base, Managed), namespace)
+    event.listen(managed, "after_begin", _after_begin)
     event.listen(managed, "before_attach", _before_attach)
     event.listen(managed, "after_flush", _after_flush)
     event.listen(managed, "after_commit", _after_commit)
@@ -178,11 +191,11 @@ def _make(base: type[Session]) -> type[Session]:
 def _inside(session: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     gate: Gate = session.repom_gate
     if not gate.enter():
-        return method(session, *args, **kwargs)
+        return method(*args, **kwargs)
     try:
         if deferred.pending:
             _wait_for_deferred(session)
-        return method(session, *args, **kwargs)
+        return method(*args, **kwargs)
     finally:
         try:
             if session.repom_abandoned:
@@ -195,9 +208,28 @@ def _inside(session: Any, method: Callable[..., Any], *args: Any, **kwargs: Any)
 def _through_the_gate(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def operation(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _inside(self, method, *args, **kwargs)
+        return _inside(self, method, self, *args, **kwargs)
 
     return operation
+
+
+def _connection_operation(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def operation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            _refuse_ending_by_hand(args[0])
+        return _inside(self.repom_session, method, self, *args, **kwargs)
+
+    return operation
+
+
+#: The `Connection` of a managed session. Code that has asked for it may keep it, and what it
+#: executes during the end would be part of nothing, or of the next unit of work.
+_ManagedConnection = type(
+    "ManagedConnection",
+    (Connection,),
+    {name: _connection_operation(getattr(Connection, name)) for name in _CONNECTION_OPERATIONS},
+)
 
 
 def _abandon(session: Any) -> None:
@@ -223,6 +255,12 @@ def _is_own_flush(session: Any) -> bool:
 
 def _set_flushing(session: Any, flushing: bool) -> None:
     session.repom_flushing = flushing
+
+
+def _after_begin(session: Any, transaction: SessionTransaction, connection: Any) -> None:
+    # Not by the engine, which makes connections for others, too.
+    connection.__class__ = _ManagedConnection
+    connection.repom_session = session
 
 
 def _before_attach(session: Any, instance: object) -> None:
@@ -303,6 +341,14 @@ def _close_cursors(session: Any) -> None:
 
 # --- other people's commits
 
+# What ends the transaction unseen by SQLAlchemy: asyncpg and SQLite would commit each of the
+# statements that follow by itself.
+_ENDS_BY_HAND = re.compile(
+    r"\s*(?:COMMIT|END|ABORT|BEGIN|START\s+TRANSACTION"
+    r"|ROLLBACK(?!\s+(?:(?:WORK|TRANSACTION)\s+)?TO\b))\b",
+    re.IGNORECASE,
+)
+
 
 def _wait_for_deferred(session: Session) -> None:
     """Take a connection only after the commits that this loop still owes.
@@ -319,6 +365,16 @@ def _wait_for_deferred(session: Session) -> None:
             return
         outer = outer.parent
     await_only(deferred.settled())
+
+
+def _refuse_ending_by_hand(statement: Any) -> None:
+    sql = statement.text if isinstance(statement, TextClause) else statement
+    if isinstance(sql, str) and _ENDS_BY_HAND.match(sql):
+        raise InnerCommitError(
+            f"{sql.strip()!r} was executed, which would end the transaction behind the back of "
+            "its owner.\nWrite `await session.rollback()`, `await current_scope().commit()`, or "
+            "`async with atomic():` for a savepoint."
+        )
 
 
 def commit_forbidden(method: str) -> InnerCommitError:

@@ -19,7 +19,7 @@ from repom.errors import TransactionError
 T = TypeVar("T")
 
 #: Seconds between two attempts to cancel a task that is past its limit.
-_INSIST_EVERY = 5.0
+_INSIST_EVERY = 1.0
 
 # The loop keeps a cancelled timer until its time has come, and with it what its context holds:
 # by default the unit of work.

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from repom.errors import DatabaseURLError, MissingDriverError
 from repom.url_options import translate
@@ -46,7 +46,7 @@ _TO_SYNC = {
 _ASYNC_ONLY = {name.partition("+")[2] for name in _TO_SYNC} - {""}
 _ASYNC = _ASYNC_ONLY | {"psycopg", "oracledb"}
 
-# Driver -> its module and what to install. For the rest SQLAlchemy's own error will do.
+# Driver -> its module and what to install. Of the rest SQLAlchemy knows the module.
 _PACKAGES = {
     "aiosqlite": ("aiosqlite", '"repom[async]"'),
     "asyncpg": ("asyncpg", '"repom[postgres]"'),
@@ -58,6 +58,7 @@ _PACKAGES = {
     "asyncmy": ("asyncmy", "asyncmy"),
     "mysqldb": ("MySQLdb", "mysqlclient"),
 }
+_MODULE_TO_PACKAGE = {"mysql": "mysql-connector-python"}  # where it is not the module's name
 
 # --- converting ----------------------------------------------------------------------------
 
@@ -185,7 +186,27 @@ def require_driver(url: URL) -> None:
         MissingDriverError: it is not; with the line to run, such as `pip install "repom[async]"`.
     """
     url = parse_url(url)
-    _first_installed((_driver(url),) if _driver(url) else _TO_SYNC.get(_key(url), ("pysqlite",)))
+    drivers = (_driver(url),) if _driver(url) else _TO_SYNC.get(_key(url), ())
+    if drivers and all(driver in _PACKAGES for driver in drivers):
+        _first_installed(drivers)
+    else:
+        _import_driver(url)
+
+
+def _import_driver(url: URL) -> None:
+    try:
+        url.get_dialect().import_dbapi()
+    except NoSuchModuleError as error:
+        raise MissingDriverError(
+            f"SQLAlchemy knows no dialect for `{url.drivername}://`.\n"
+            "Correct the URL, or install the package that brings the dialect."
+        ) from error
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        raise MissingDriverError(
+            f"The database driver of `{url.drivername}://` is not installed: {error}.\n"
+            f"Install it: pip install {_MODULE_TO_PACKAGE.get(module, module)}"
+        ) from error
 
 
 # --- reading and showing -------------------------------------------------------------------

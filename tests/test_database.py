@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,7 +104,6 @@ def test_an_unreadable_url_is_an_error_at_once() -> None:
 @pytest.mark.parametrize(
     ("url", "line"),
     [
-        ("sqlite://", 'pip install "repom[async]"'),
         ("postgresql://h/x", 'pip install "repom[postgres]"'),
         ("postgresql+psycopg://h/x", 'pip install "repom[postgres]"'),
         ("mysql://h/x", 'pip install "repom[mysql]"'),
@@ -118,6 +119,37 @@ async def test_a_missing_driver_is_an_error_with_the_line_to_run(
         database.check()
     assert line in str(e.value)
     with pytest.raises(MissingDriverError):
+        _ = database.async_engine
+
+
+@pytest.mark.parametrize(
+    ("url", "error", "words"),
+    [
+        ("sqlite://", MissingDriverError, 'pip install "repom[async]"'),
+        ("postgresql://h/x", MissingDriverError, 'pip install "repom[postgres]"'),
+        ("mysql://h/x", MissingDriverError, 'pip install "repom[mysql]"'),
+        ("postgresql+pygresql://h/x", DatabaseURLError, "No async driver is known"),
+        ("postgresql://h/x?gssencmode=require", DatabaseURLError, "gssencmode"),
+    ],
+)
+async def test_sync_code_needs_no_async_driver(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    url: str,
+    error: type[Exception],
+    words: str,
+) -> None:
+    """`check()` lets an application of `def` endpoints start, with a warning; who asks for the
+    async side meets the error."""
+    for driver in ("aiosqlite", "asyncpg", "aiomysql"):
+        monkeypatch.setitem(sys.modules, driver, None)
+    monkeypatch.setattr("repom.urls._import_driver", lambda url: None)  # PyGreSQL, for instance
+    database = Database(url)
+    database.check()
+    [warning] = caplog.messages
+    assert f"<Database {url}> can be used by sync code only." in warning
+    assert words in warning
+    with pytest.raises(error, match=re.escape(words)):
         _ = database.async_engine
 
 
@@ -332,7 +364,7 @@ def test_check_asks_no_server(tmp_path: Path) -> None:
     unusable = {
         f"sqlite:///{tmp_path}/file/db": DatabaseFileError,
         "db2://host/x": ConfigurationError,
-        "postgresql://host/x?gssencmode=require": DatabaseURLError,
+        "postgresql+pg8000://host/x": DatabaseURLError,
     }
     for url, error in unusable.items():
         with pytest.raises(error):

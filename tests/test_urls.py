@@ -1,6 +1,8 @@
 import asyncio
 import doctest
+import re
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -296,10 +298,31 @@ def test_driver_is_there(name: str) -> None:
     require_driver(make_url(f"{name}://"))
 
 
-def test_unknown_driver_is_left_to_sqlalchemy(installed: Install) -> None:
-    """repom does not guess the package of a driver it does not know."""
-    installed()
-    require_driver(make_url("duckdb+engine://"))
+@pytest.mark.parametrize(
+    ("name", "module", "command"),
+    [
+        ("postgresql+pg8000", "pg8000", "pip install pg8000"),
+        ("mysql+mariadbconnector", "mariadb", "pip install mariadb"),
+        ("mysql+mysqlconnector", "mysql", "pip install mysql-connector-python"),
+        ("mssql+aioodbc", "aioodbc", "pip install aioodbc"),
+        ("mssql", "pyodbc", "pip install pyodbc"),
+        ("oracle+oracledb_async", "oracledb", "pip install oracledb"),
+    ],
+)
+def test_missing_driver_that_only_sqlalchemy_knows(
+    monkeypatch: pytest.MonkeyPatch, name: str, module: str, command: str
+) -> None:
+    """Its dialect tells which module it misses."""
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingDriverError, match=f"driver of `{re.escape(name)}://`") as caught:
+        require_driver(make_url(f"{name}://u:secret@h/db"))
+    assert str(caught.value).splitlines()[1] == f"Install it: {command}"
+
+
+def test_unknown_dialect() -> None:
+    """Who brings it, only its user knows."""
+    with pytest.raises(MissingDriverError, match="knows no dialect for `duckdb\\+engine://`"):
+        require_driver(make_url("duckdb+engine://u:secret@h/db"))
 
 
 # --- options ---------------------------------------------------------------------------------

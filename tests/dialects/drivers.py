@@ -34,6 +34,15 @@ KINDS = {
 }
 
 
+def in_clear(name: str, url: str) -> str:
+    """The URL of a `FaultProxy`, which needs to read along, for the driver of that name."""
+    query = {"asyncpg": {"ssl": "disable"}}.get(name, {})
+    if not query and KINDS[name].fixture == "postgres_url":
+        query = {"sslmode": "disable"}
+    parsed = make_url(url).set(drivername=KINDS[name].drivername)
+    return parsed.update_query_dict(query).render_as_string(hide_password=False)
+
+
 class Work:
     """A session of either world, as a coroutine uses it."""
 

@@ -64,7 +64,10 @@ async def _held_by_postgres(url: str) -> AsyncIterator[HeldCommit]:
         execute(url, _HOLD)
         with closing(connect(url)) as connection:
             ask(connection, "SELECT pg_advisory_lock(1)")
-            waiting = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+            waiting = (
+                "SELECT 1 FROM pg_locks JOIN pg_database d ON d.oid = database"
+                " WHERE datname = current_database() AND locktype = 'advisory' AND NOT granted"
+            )
             yield HeldCommit(
                 database,
                 lambda: bool(ask(connection, waiting)),

@@ -151,8 +151,9 @@ def with_a_bad_hook(configuration: pytest.MonkeyPatch, folder: Path) -> None:
     configuration.setenv("CONFIG_HOOK", "no_such_module:function")
 
 
-def without_its_driver(configuration: pytest.MonkeyPatch, folder: Path) -> str:
-    configuration.setitem(sys.modules, "asyncpg", None)
+def without_its_drivers(configuration: pytest.MonkeyPatch, folder: Path) -> str:
+    for driver in ("asyncpg", "psycopg", "psycopg2"):
+        configuration.setitem(sys.modules, driver, None)
     return "postgresql://nowhere/test"
 
 
@@ -162,7 +163,7 @@ WRONG: dict[str, tuple[Configure, type[ConfigurationError], str]] = {
         DatabaseURLError,
         "does not begin with a dialect",
     ),
-    "missing driver": (without_its_driver, MissingDriverError, "pip install"),
+    "missing driver": (without_its_drivers, MissingDriverError, "pip install"),
     "unwritable file": (in_a_file, DatabaseFileError, "db.sqlite3"),
     "unwritable file, second": (
         lambda *given: {"default": "sqlite://", "other": in_a_file(*given)},
