@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from typing import Any
 
@@ -20,11 +21,9 @@ from repom.gate import Gate, TaskGate, ThreadGate
 from repom.managed import InnerCommits, managed_class
 from repom.shield import EndingTask
 
-#: Threads of one event loop that may end sync sessions at the same time.
-_ENDING_THREADS = 8
-
 # Of their own: on the endpoints' limiter, endpoints that wait for a pooled connection would
-# keep those that could give one back from ending.
+# keep those that could give one back from ending. And without a limit: there are no more of
+# them than connections in the pool, and one that waits for a slow statement keeps none waiting.
 _limiter: RunVar[anyio.CapacityLimiter] = RunVar("repom_ending_threads")
 
 
@@ -181,6 +180,6 @@ def _threads() -> anyio.CapacityLimiter:
     try:
         return _limiter.get()
     except LookupError:
-        limiter = anyio.CapacityLimiter(_ENDING_THREADS)
+        limiter = anyio.CapacityLimiter(math.inf)
         _limiter.set(limiter)
         return limiter

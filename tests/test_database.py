@@ -23,6 +23,7 @@ from repom.errors import (
     DatabaseURLError,
     MissingDriverError,
 )
+from repom.lending import LendingQueuePool
 from tests.support.polling import until
 from tests.support.reader import connections, execute, rows
 
@@ -164,12 +165,12 @@ def test_engine_kwargs_are_laid_over_the_defaults() -> None:
 
 
 async def test_pool_options_reach_the_pool(database_url: str) -> None:
-    """In both worlds; SQLAlchemy's own name for them."""
+    """In both worlds; SQLAlchemy's own names for them."""
     kwargs = {"pool_size": 2, "max_overflow": 1, "pool_timeout": 7, "pool_recycle": 60}
     database = Database(database_url, engine_kwargs=kwargs)
     for pool, kind in (
         (database.async_engine.pool, AsyncAdaptedQueuePool),
-        (database.engine.pool, QueuePool),
+        (database.engine.pool, LendingQueuePool),
     ):
         assert isinstance(pool, QueuePool)
         assert type(pool) is kind

@@ -22,6 +22,7 @@ from repom.errors import (
     RepomError,
     TransactionAbortedError,
 )
+from repom.lending import LendingQueuePool
 from repom.urls import safe
 
 # Keys of `PoolProxiedConnection.info`, which lives as long as the DBAPI connection.
@@ -66,7 +67,7 @@ class Support:
         return kwargs | {"poolclass": pool}
 
     def default_pool(self) -> type[Pool]:
-        return AsyncAdaptedQueuePool if self.is_async else QueuePool
+        return AsyncAdaptedQueuePool if self.is_async else LendingQueuePool
 
     # --- what only one dialect can answer; none of it asks the server
 
@@ -183,4 +184,7 @@ def aborted() -> TransactionAbortedError:
 
 
 _ASYNC_TWIN: dict[type[Pool], type[Pool]] = {QueuePool: AsyncAdaptedQueuePool}
-_SYNC_TWIN: dict[type[Pool], type[Pool]] = {AsyncAdaptedQueuePool: QueuePool}
+_SYNC_TWIN: dict[type[Pool], type[Pool]] = {
+    AsyncAdaptedQueuePool: LendingQueuePool,
+    QueuePool: LendingQueuePool,
+}

@@ -31,6 +31,7 @@ from repom.errors import (
     RepomError,
     WouldDeadlockError,
 )
+from repom.lending import place_lent
 from repom.shield import acting_task
 
 Begin = Literal["IMMEDIATE", "DEFERRED"]
@@ -163,6 +164,14 @@ class SQLite(Support):
     def abandon(self, driver_connection: Any) -> None:
         driver_connection.stop()
 
+    def install(self, engine: Engine) -> None:
+        super().install(engine)
+        if self.is_async:
+            # SQLAlchemy awaits aiosqlite's close() first. Cancelled there, it stops the thread
+            # that was to do that, and leaves a task behind that waits for it forever.
+            dialect: Any = engine.dialect
+            dialect.do_terminate = lambda connection: self.abandon(connection.driver_connection)
+
     def _connect(self, connect: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         dbapi_connection = super()._connect(connect, *args, **kwargs)
         driver_connection = getattr(dbapi_connection, "driver_connection", dbapi_connection)
@@ -201,7 +210,10 @@ class SQLite(Support):
         try:
             if self.is_async:
                 return await_only(self._queue.acquire_async(me, self.timeout))
-            return self._queue.acquire(me, self.timeout)
+            if self._queue.holder() is None:
+                return self._queue.acquire(me, self.timeout)
+            with place_lent():
+                return self._queue.acquire(me, self.timeout)
         except TimeoutError:
             raise sqlite3.OperationalError(
                 f"database is locked: waited {self.timeout:g} s for other writers of {self.path}"

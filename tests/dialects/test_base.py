@@ -23,6 +23,7 @@ from sqlalchemy.pool import (
 from repom.database import Database
 from repom.dialects import Support, support_for
 from repom.errors import CommitOutcomeUnknown, DatabaseUnreachableError, TransactionAbortedError
+from repom.lending import LendingQueuePool
 from tests.dialects.drivers import KINDS, Driver, open_driver
 from tests.support.faultproxy import FaultProxy
 from tests.support.polling import until
@@ -496,11 +497,11 @@ def support(is_async: bool) -> Support:
     ("given", "is_async", "used"),
     [
         (None, True, AsyncAdaptedQueuePool),
-        (None, False, QueuePool),
+        (None, False, LendingQueuePool),
         (QueuePool, True, AsyncAdaptedQueuePool),
-        (QueuePool, False, QueuePool),
+        (QueuePool, False, LendingQueuePool),
         (AsyncAdaptedQueuePool, True, AsyncAdaptedQueuePool),
-        (AsyncAdaptedQueuePool, False, QueuePool),
+        (AsyncAdaptedQueuePool, False, LendingQueuePool),
         (NullPool, True, NullPool),
         (NullPool, False, NullPool),
         (StaticPool, True, StaticPool),

@@ -458,15 +458,13 @@ async def test_failed_commit_below_a_layer_that_does_not_wait(deferring_url: str
     assert notes(deferring_url) == []
 
 
-# On SQLite aiosqlite's close() does not return when it is cancelled twice, as anyio cancels.
-@pytest.mark.parametrize("server", ["postgres_url", "mysql_url"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.__name__)
 async def test_client_that_goes_away_in_every_shape_of_application(
-    server: str, shape: Shape, request: pytest.FixtureRequest
+    database_url: str, shape: Shape
 ) -> None:
     """A stream that nobody reads any more is undone, but for what was written before the
     response started: a layer with a task of its own asks for the first chunk that early."""
-    url = request.getfixturevalue(server)
+    url = database_url
     ahead: list[list[str]] = []
 
     async def endpoint(_: Request) -> Response:

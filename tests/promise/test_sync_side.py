@@ -327,6 +327,34 @@ async def test_pool_smaller_than_the_thread_pool(place: Place) -> None:
     assert set(notes(place.plain)) == told
 
 
+async def test_pool_smaller_than_the_thread_pool_and_requests_of_several_steps(
+    place: Place,
+) -> None:
+    """A request that holds a connection finds a thread for its next step, although all threads
+    wait for connections (on SQLite for the write lock, too); afterwards there are as many as
+    before."""
+    threads = anyio.to_thread.current_default_thread_limiter()
+    threads.total_tokens = 5
+
+    def log(number: int) -> None:
+        write_sync(f"log {number}")
+
+    def endpoint(number: int) -> None:
+        write_sync(str(number))
+
+    async with database_at(place, pool_size=2, max_overflow=0, pool_timeout=20) as database:
+        app = app_at(database)
+        app.post("/{number}", status_code=201, dependencies=[Depends(log)])(endpoint)
+        async with asyncio.timeout(15):  # a deadlock lasts until the pool's time-out
+            responses = await asyncio.gather(
+                *(request(app, "POST", f"/{number}") for number in range(50))
+            )
+        assert checked_out(database) == 0
+    assert {found.status for found in responses} == {201}
+    assert len(notes(place.plain)) == 100
+    await until(lambda: threads.total_tokens == 5)
+
+
 @pytest.mark.parametrize("status", [201, 409])
 async def test_threads_of_one_request_share_its_transaction(place: Place, status: int) -> None:
     """Those of an executor with copies of the context, and those that async code starts."""
