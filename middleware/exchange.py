@@ -108,7 +108,15 @@ class Exchange:
             # mid-response has told the client nothing.
             complete = self._progress is Progress.COMPLETE
             self._progress = Progress.OVER
-            await self._finish(commit=complete)
+            if complete and not self._commit and unit.in_transaction:
+                # It may be an endpoint whose time-out has been answered already.
+                logger.warning(
+                    "%s was answered by an error; what it has written after that was rolled back. "
+                    "Work that must outlive an error needs a transaction of its own: "
+                    "`async with session_scope()`.",
+                    unit.label,
+                )
+            await self._finish(commit=complete and self._commit)
         finally:
             unit.leave()
             # Its traceback leads back here. Without this the request would wait, with all that

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import insert, select
 from sqlalchemy.exc import IntegrityError
 
-from repom import Database, current_scope, current_session, on_commit
+from repom import Database, current_scope, current_session, on_commit, session_scope
 from repom.errors import (
     CommitOutcomeUnknown,
     ScopeError,
@@ -372,25 +372,45 @@ async def test_commit_whose_outcome_is_unknown(
 # --- after the body
 
 
-@pytest.mark.parametrize("status", [200, 404])
 async def test_background_work_is_committed_when_the_app_returns(
-    database: Database, database_url: str, status: int
+    database: Database, database_url: str
 ) -> None:
-    """What is begun after the body has a transaction of its own, whatever the status was."""
+    """What is begun after the body has a transaction of its own."""
     seen_in_background: list[list[str]] = []
 
     async def respond(send: Send) -> None:
         await write("a")
-        await answer(send, status)
+        await answer(send)
         await write("later")
         seen_in_background.append(notes(database_url))
 
     response = await request(serve(database, respond), "POST")
     assert response.exception is None
-    before = ["a"] if status == 200 else []
-    assert seen_in_background == [before]
-    assert notes(database_url) == [*before, "later"]
+    assert seen_in_background == [["a"]]
+    assert notes(database_url) == ["a", "later"]
     assert connections_in_use(database) == 0
+
+
+async def test_what_is_written_after_an_error_response_is_rolled_back(
+    database: Database, database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The client relies on it, be it a background task or an endpoint that a time-out has been
+    answered for. A warning says what to write; what has its own transaction stays."""
+
+    async def respond(send: Send) -> None:
+        await answer(send, 504)
+        async with session_scope():
+            await write("audit")
+        await write("later")
+
+    response = await request(serve(database, respond), "POST", "/a")
+    assert (response.status, response.exception) == (504, None)
+    assert notes(database_url) == ["audit"]
+    assert connections_in_use(database) == 0
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith("POST /a was answered by an error; ")
+    assert "session_scope()" in record.getMessage()
 
 
 async def test_background_work_that_raises(database: Database, database_url: str) -> None:
