@@ -23,7 +23,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 from repom import deferred
 from repom.callbacks import Callbacks
 from repom.context import surroundings
-from repom.dialects.base import aborted
+from repom.dialects.base import CLOSED_BY_COMMIT, aborted
 from repom.errors import ConcurrentSessionUse, InnerCommitError, TransactionError
 from repom.gate import Gate, scope_closed
 
@@ -261,6 +261,7 @@ def _after_begin(session: Any, transaction: SessionTransaction, connection: Any)
     # Not by the engine, which makes connections for others, too.
     connection.__class__ = _ManagedConnection
     connection.repom_session = session
+    connection.info[CLOSED_BY_COMMIT] = True
 
 
 def _before_attach(session: Any, instance: object) -> None:

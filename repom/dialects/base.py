@@ -28,6 +28,8 @@ from repom.urls import safe
 # Keys of `PoolProxiedConnection.info`, which lives as long as the DBAPI connection.
 ABORTED_BY = "repom.aborted_by"  # the error with which the server aborted the transaction
 _COMMIT_SENT = "repom.commit_sent"  # and not yet answered
+CLOSED_BY_COMMIT = "repom.closed_by_commit"  # its session gives it back right after COMMIT
+_IS_CLEAN = "repom.is_clean"  # nothing was begun since COMMIT, so there is nothing to roll back
 
 _QUEUE_POOL_OPTIONS = ("pool_size", "max_overflow", "pool_timeout", "pool_use_lifo")
 
@@ -114,6 +116,7 @@ class Support:
         dialect.connect = partial(self._connect, dialect.connect)
         dialect.do_begin = partial(self._begin, dialect.do_begin)
         dialect.do_commit = partial(self._commit, dialect.do_commit)
+        dialect.do_rollback = partial(self._rollback, dialect.do_rollback)
         event.listen(engine, "handle_error", self._on_error)
 
     def _connect(self, connect: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -125,7 +128,10 @@ class Support:
             raise self.connect_failed(error) from error
 
     def _begin(self, do_begin: Callable[..., None], connection: PoolProxiedConnection) -> None:
-        connection.info.pop(ABORTED_BY, None)
+        info = connection.info
+        info.pop(ABORTED_BY, None)
+        info.pop(CLOSED_BY_COMMIT, None)
+        info.pop(_IS_CLEAN, None)
         do_begin(connection)
 
     def _commit(self, do_commit: Callable[..., None], connection: PoolProxiedConnection) -> None:
@@ -137,6 +143,19 @@ class Support:
             info[_COMMIT_SENT] = True
         do_commit(connection)
         info.pop(_COMMIT_SENT, None)
+        if info.pop(CLOSED_BY_COMMIT, False):
+            info[_IS_CLEAN] = True
+
+    def _rollback(
+        self, do_rollback: Callable[..., None], connection: PoolProxiedConnection
+    ) -> None:
+        # The pool rolls back whatever comes back to it, which on MySQL is a round trip.
+        try:
+            is_clean = connection.info.pop(_IS_CLEAN, False)
+        except NotImplementedError:  # SQLAlchemy's first look at a server, before its pool's
+            is_clean = False
+        if not is_clean:
+            do_rollback(connection)
 
     def _on_error(self, context: ExceptionContext) -> BaseException | None:
         connection = context.connection

@@ -145,7 +145,7 @@ class SQLite(Support):
         ended = sqlite.begun and not sqlite.in_transaction
         if ended:
             # Without a transaction, each statement that follows would commit itself.
-            self._execute(driver_connection, "BEGIN")
+            sqlite.begin_next = "BEGIN"
         return ended
 
     def is_aborted(self, connection: PoolProxiedConnection) -> bool:
@@ -188,16 +188,7 @@ class SQLite(Support):
         # A memory database has no readers beside its writer, so all of them wait in line.
         if immediate or self.is_memory:
             sqlite.ticket = self._wait_for_turn()
-        # If it fails or is cancelled, the rollback that SQLAlchemy then does, at the latest
-        # on the way back to the pool, gives the place in the line up.
-        self._execute(connection.driver_connection, "BEGIN IMMEDIATE" if immediate else "BEGIN")
-        sqlite.begun = True
-
-    def _execute(self, driver_connection: Any, sql: str) -> None:
-        """Below the DBAPI cursors, which would take three turns of aiosqlite's thread for it."""
-        done = driver_connection.execute(sql)
-        if self.is_async:
-            await_only(done)
+        sqlite.begin_next = "BEGIN IMMEDIATE" if immediate else "BEGIN"
 
     def _wait_for_turn(self) -> Ticket:
         me = Writer(surroundings.get(), acting_task() if self.is_async else None)
@@ -247,15 +238,19 @@ class Writer(NamedTuple):
 
 
 class RepomSQLiteConnection(sqlite3.Connection):
-    """A connection that gives up its place in the line of writers when its transaction ends.
+    """A connection that begins transactions with their first statement, and knows their end.
 
-    It runs in the thread that aiosqlite gives every connection, or in the caller's.
+    It runs in the thread that aiosqlite gives every connection, or in the caller's. A BEGIN of
+    its own would be one more turn of that thread, for each transaction.
     """
 
     read_only = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        #: The place in the line of writers, given up when the transaction ends.
         self.ticket: Ticket | None = None
+        #: The statement that begins the transaction, until there is something to do in it.
+        self.begin_next: str | None = None
         self.begun = False
         #: Whether somebody has it who can close it.
         self.is_delivered = False
@@ -285,6 +280,19 @@ class RepomSQLiteConnection(sqlite3.Connection):
                 time.sleep(_WAL_PAUSE)
             else:
                 return
+
+    def cursor(self, factory: Any = None) -> Any:
+        if factory is None:
+            return super().cursor(_BeginningCursor)
+        self.begin_if_due()
+        return super().cursor(factory)
+
+    def begin_if_due(self) -> None:
+        if self.begin_next is not None:
+            # Where it fails, the next statement tries again, and none is executed without it.
+            super().cursor().execute(self.begin_next).close()
+            self.begin_next = None
+            self.begun = True
 
     def commit(self) -> None:
         super().commit()
@@ -321,8 +329,27 @@ class RepomSQLiteConnection(sqlite3.Connection):
             ticket.release()
 
     def _ended(self) -> None:
+        self.begin_next = None
         self.begun = False
         self.release()
+
+
+class _BeginningCursor(sqlite3.Cursor):
+    """A cursor that begins the transaction first, if that is due."""
+
+    connection: RepomSQLiteConnection
+
+    def execute(self, *args: Any) -> Any:
+        self.connection.begin_if_due()
+        return super().execute(*args)
+
+    def executemany(self, *args: Any) -> Any:
+        self.connection.begin_if_due()
+        return super().executemany(*args)
+
+    def executescript(self, *args: Any) -> Any:
+        self.connection.begin_if_due()
+        return super().executescript(*args)
 
 
 def _factory(base: Any, *, read_only: bool) -> Any:

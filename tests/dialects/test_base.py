@@ -3,6 +3,7 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from sqlalchemy.pool import (
     StaticPool,
 )
 
+from repom import session_scope, sync_session_scope
 from repom.database import Database
 from repom.dialects import Support, support_for
 from repom.errors import CommitOutcomeUnknown, DatabaseUnreachableError, TransactionAbortedError
@@ -237,6 +239,31 @@ async def test_an_earlier_transaction_of_the_connection_is_not_blamed(driver: Dr
         await work.do(add_row_2)
         assert await work.commit() is None
     assert 2 in ids(driver.url)
+
+
+async def test_what_is_begun_after_the_commit_of_a_scope_is_rolled_back(driver: Driver) -> None:
+    """Right after that COMMIT the pool has nothing to roll back, and does not. That is over with
+    the next transaction of the connection, also with one that nobody told SQLAlchemy of."""
+
+    def add_row(session: Session, id_: int) -> None:
+        session.execute(insert(Row).values(id=id_, name="a"))
+
+    def add_row_raw(session: Session, id_: int) -> None:
+        cursor = session.connection().connection.cursor()
+        cursor.execute(f"INSERT INTO truth VALUES ({id_}, 'a')")
+        cursor.close()
+
+    for add in (add_row, add_row_raw):
+        if driver.is_async:
+            async with session_scope(driver.database) as session:
+                await session.run_sync(add_row, 2)
+        else:
+            with sync_session_scope(driver.database) as sync_session:
+                add_row(sync_session, 2)
+        async with driver.work() as work:
+            await work.do(partial(add, id_=3))
+        assert ids(driver.url) == {1, 2}
+        execute(driver.url, "delete from truth where id = 2")
 
 
 async def test_a_commit_that_a_constraint_refuses_is_not_called_unknown(
