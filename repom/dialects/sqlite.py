@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -162,7 +163,11 @@ class SQLite(Support):
         return DatabaseFileError(_cannot_open(self.path, error))
 
     def abandon(self, driver_connection: Any) -> None:
-        driver_connection.stop()
+        # From a thread without a loop: else it makes a future of the running one, which may be
+        # closed before aiosqlite's thread comes to tell it.
+        thread = threading.Thread(target=driver_connection.stop)
+        thread.start()
+        thread.join()
 
     def install(self, engine: Engine) -> None:
         super().install(engine)

@@ -732,6 +732,27 @@ async def test_a_closed_connection_holds_no_lock(driver: Driver) -> None:
         cursor.fetchone()
 
 
+def test_a_connection_that_was_terminated_may_close_after_its_loop(sqlite_url: str) -> None:
+    """Its thread then tells nobody, and does not fail because of that."""
+    may_close, is_closed = threading.Event(), threading.Event()
+
+    class Slow(sqlite3.Connection):
+        def close(self) -> None:
+            may_close.wait()
+            super().close()
+            is_closed.set()
+
+    database = Database(sqlite_url, engine_kwargs={"connect_args": {"factory": Slow}})
+
+    async def terminate() -> None:
+        async with database.async_engine.connect() as connection:
+            await connection.invalidate()
+
+    asyncio.run(terminate())
+    may_close.set()
+    block_until(is_closed.is_set)
+
+
 @pytest.mark.parametrize("end", [Connection.commit, Connection.rollback, Connection.close])
 async def test_sync_writers_give_their_place_up_too(
     database: Database, end: Callable[[Connection], None]
