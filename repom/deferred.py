@@ -11,12 +11,58 @@ import asyncio
 import logging
 from collections.abc import Coroutine
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 from repom.errors import TransactionError
-from repom.shield import EndingTask, Guard
+from repom.shield import Limit
 
 logger = logging.getLogger("repom")
+
+T = TypeVar("T")
+
+
+class EndingTask(asyncio.Task[T]):
+    """A task that only its own time limit can cancel, because nobody else can find it.
+
+    `asyncio.run()` and servers that stop cancel `asyncio.all_tasks()`, and this is none of
+    those. It could refuse `cancel()` instead, but that is also how time-outs end what they wait
+    for, inside of it.
+
+    Args:
+        coro: the work.
+        loop: the running loop.
+        limit: seconds after which the task is cancelled.
+    """
+
+    def __init__(
+        self, coro: Coroutine[Any, Any, T], *, loop: asyncio.AbstractEventLoop, limit: float
+    ) -> None:
+        super().__init__(coro, loop=loop)
+        asyncio._unregister_task(self)
+        self._limit = Limit(limit, self.cancel)
+        self.add_done_callback(_lift_limit)
+
+
+def _lift_limit(task: Any) -> None:
+    task._limit.lift()
+
+
+class Guard(asyncio.Task[None]):
+    """Keeps the loop running until `task` is done, also in `asyncio.run()` that is over.
+
+    That cancels every task it finds and then waits for them. This one declines.
+    """
+
+    def __init__(self, task: EndingTask[Any], *, name: str) -> None:
+        super().__init__(_done(task), loop=task.get_loop(), name=name)
+
+    def cancel(self, msg: Any = None) -> bool:
+        return False
+
+
+async def _done(task: EndingTask[Any]) -> None:
+    await asyncio.wait((task,))
+
 
 #: Endings under way, by the loop they run on. Empty nearly always.
 pending: dict[asyncio.AbstractEventLoop, set[EndingTask[None]]] = {}

@@ -19,7 +19,7 @@ from repom.ending import Action, Step, Steps
 from repom.errors import CommitOutcomeUnknown, TransactionError
 from repom.gate import Gate, TaskGate, ThreadGate
 from repom.managed import InnerCommits, managed_class
-from repom.shield import EndingTask
+from repom.shield import Ending
 
 # Of their own: on the endpoints' limiter, endpoints that wait for a pooled connection would
 # keep those that could give one back from ending. And without a limit: there are no more of
@@ -143,7 +143,9 @@ def _past_limit(step: Step, error: BaseException) -> TransactionError | None:
     """The error for a step that was cut off by the time limit of the end."""
     task = asyncio.current_task()
     if not (
-        isinstance(error, asyncio.CancelledError) and isinstance(task, EndingTask) and task.expired
+        isinstance(error, asyncio.CancelledError)
+        and isinstance(task, Ending)
+        and task.limit.is_over
     ):
         return None
     if step.action == "commit":

@@ -1,14 +1,18 @@
 """Run the end of a unit of work to its end, whatever happens to the task that waits for it.
 
 A COMMIT that is cancelled half-way has an outcome nobody knows, and a ROLLBACK that is
-cancelled leaves a connection out of its pool. So both run in a task of their own that cannot
-be cancelled from outside, only by its time limit.
+cancelled leaves a connection out of its pool. So the ending is a task of its own, which nobody
+but its time limit can cancel. Its steps are taken by the task that waits for it, since that has
+nothing else to do: an `asyncio.Task` for each ending would take three more turns of the event
+loop, as many as COMMIT itself.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import contextlib
+from asyncio import AbstractEventLoop, CancelledError, Future
+from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context
 from typing import Any, TypeVar
 
@@ -18,7 +22,7 @@ from repom.errors import TransactionError
 
 T = TypeVar("T")
 
-#: Seconds between two attempts to cancel a task that is past its limit.
+#: Seconds between two attempts to cancel what is past its limit.
 _INSIST_EVERY = 1.0
 
 # The loop keeps a cancelled timer until its time has come, and with it what its context holds:
@@ -26,63 +30,148 @@ _INSIST_EVERY = 1.0
 _NOTHING = Context()
 
 
-class EndingTask(asyncio.Task[T]):
-    """A task that only its own time limit can cancel, because nobody else can find it.
-
-    `asyncio.run()` and servers that stop cancel `asyncio.all_tasks()`, and this is none of
-    those. It could refuse `cancel()` instead, but that is also how the time-outs of pools and
-    drivers end what they wait for, inside of it.
+class Limit:
+    """Calls `cancel` when the time is over, and again until it is lifted.
 
     Args:
-        coro: the work.
-        loop: the running loop.
-        limit: seconds after which the task is cancelled. Cancelled inside a database call,
-            SQLAlchemy invalidates the connection, which is what the limit is for.
+        seconds: from now on.
+    """
+
+    def __init__(self, seconds: float, cancel: Callable[[], object]) -> None:
+        self.is_over = False
+        self._cancel: Callable[[], object] | None = cancel
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_later(seconds, self._expire, context=_NOTHING)
+
+    def _expire(self) -> None:
+        self.is_over = True
+        self._timer = self._loop.call_later(_INSIST_EVERY, self._expire, context=_NOTHING)
+        if self._cancel is not None:
+            self._cancel()
+
+    def lift(self) -> None:
+        self._timer.cancel()
+        self._cancel = None  # whose object may lead back here
+
+
+class Ending:
+    """An ending under way: what `asyncio.current_task()` is for the code that runs in it.
+
+    So the time-outs of pools and drivers, which cancel the task they find themselves in, end
+    what they are meant to end. In all but its cancellation it is the task that takes its steps.
+
+    Attributes:
+        caller: that task.
+        limit: of its time.
     """
 
     def __init__(
-        self, coro: Coroutine[Any, Any, T], *, loop: asyncio.AbstractEventLoop, limit: float
+        self, coro: Coroutine[Any, Any, Any], caller: asyncio.Task[Any], limit: float
     ) -> None:
-        super().__init__(coro, loop=loop)
-        asyncio._unregister_task(self)
-        self.expired = False
-        #: The task on whose behalf it works, if that waits for it.
-        self.caller: asyncio.Task[Any] | None = None
-        self._timer = loop.call_later(limit, self._expire, context=_NOTHING)
-        self.add_done_callback(_let_go)
+        self.caller = caller
+        self.limit = Limit(limit, self.cancel)
+        self._coro = coro
+        self._loop = caller.get_loop()
+        self._cancels = 0
+        # These names anyio looks for.
+        self._must_cancel = False
+        self._fut_waiter: Future[Any] | None = None
 
-    def _expire(self) -> None:
-        self.expired = True
-        self.cancel()
-        self._timer = self.get_loop().call_later(_INSIST_EVERY, self._expire, context=_NOTHING)
+    def step(self) -> Future[Any] | None:
+        """Go on to the next thing to wait for; to none, if it only lets others go first.
 
+        Raises:
+            StopIteration: it has ended, and what it returns is the value.
+        """
+        loop = self._loop
+        self._fut_waiter = None
+        asyncio._leave_task(loop, self.caller)
+        asyncio._enter_task(loop, self)  # type: ignore[arg-type]
+        try:
+            if self._must_cancel:
+                self._must_cancel = False
+                future = self._coro.throw(CancelledError())
+            else:
+                future = self._coro.send(None)
+        finally:
+            asyncio._leave_task(loop, self)  # type: ignore[arg-type]
+            asyncio._enter_task(loop, self.caller)
+        self._fut_waiter = future
+        if future is not None:
+            future._asyncio_future_blocking = False
+            if self._must_cancel:
+                self._must_cancel = not future.cancel()
+        return future  # type: ignore[no-any-return]
 
-def _let_go(task: Any) -> None:
-    task._timer.cancel()
-    task.caller = None  # whose cancellation may lead back here
+    def over(self) -> None:
+        """It has ended. What it raised has its frames, and they must not lead to its caller."""
+        self.limit.lift()
+        del self.caller
 
-
-class Guard(asyncio.Task[None]):
-    """Keeps the loop running until `task` is done, also in `asyncio.run()` that is over.
-
-    That cancels every task it finds and then waits for them. This one declines.
-    """
-
-    def __init__(self, task: EndingTask[Any], *, name: str) -> None:
-        super().__init__(_done(task), loop=task.get_loop(), name=name)
+    # --- what code asks of the task it runs in
 
     def cancel(self, msg: Any = None) -> bool:
-        return False
+        self._cancels += 1
+        if self._fut_waiter is None or not self._fut_waiter.cancel(msg=msg):
+            self._must_cancel = True
+        return True
+
+    def cancelling(self) -> int:
+        return self._cancels
+
+    def uncancel(self) -> int:
+        self._cancels = max(0, self._cancels - 1)
+        return self._cancels
+
+    def get_coro(self) -> Coroutine[Any, Any, Any]:
+        return self._coro
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["caller"], name)
 
 
-async def _done(task: EndingTask[Any]) -> None:
-    await asyncio.wait((task,))
+class _Waiting:
+    """What the caller waits for: `future`, which is not cancelled with the caller.
 
+    The methods are those that an `asyncio.Task` calls on what it waits for.
+    """
 
-def acting_task() -> asyncio.Task[Any] | None:
-    """The running task, or the one that waits for it if this is the end of its work."""
-    task = asyncio.current_task()
-    return task.caller or task if isinstance(task, EndingTask) else task
+    __slots__ = ("_asyncio_future_blocking", "_context", "_future", "_wake")
+
+    _wake: Callable[[Any], object]
+    _context: Context | None
+
+    def __init__(self, future: Future[Any]) -> None:
+        self._future = future
+        self._asyncio_future_blocking = True
+
+    def __await__(self) -> Generator[Any, None, None]:
+        yield self
+
+    def get_loop(self) -> AbstractEventLoop:
+        return self._future.get_loop()
+
+    def add_done_callback(
+        self, wake: Callable[[Any], object], *, context: Context | None = None
+    ) -> None:
+        self._wake, self._context = wake, context
+        self._future.add_done_callback(self._done, context=context)
+
+    def _done(self, future: Future[Any]) -> None:
+        self._wake(self)
+
+    def result(self) -> None:
+        """What `future` has raised it raises where it is awaited, and not in the caller."""
+
+    def cancel(self, msg: Any = None) -> bool:
+        if self._future.done():
+            return False
+        self._future.remove_done_callback(self._done)
+        loop = self._future.get_loop()
+        cancelled = loop.create_future()
+        cancelled.cancel(msg)
+        loop.call_soon(self._wake, cancelled, context=self._context)
+        return True
 
 
 async def run_to_end(coro: Coroutine[Any, Any, T], *, limit: float) -> T:
@@ -90,7 +179,8 @@ async def run_to_end(coro: Coroutine[Any, Any, T], *, limit: float) -> T:
 
     Args:
         coro: the end of a unit of work.
-        limit: seconds it may take.
+        limit: seconds after which it is cancelled. Cancelled inside a database call, SQLAlchemy
+            invalidates the connection, which is what the limit is for.
 
     Returns:
         What `coro` returns.
@@ -100,37 +190,63 @@ async def run_to_end(coro: Coroutine[Any, Any, T], *, limit: float) -> T:
         asyncio.CancelledError: the caller was cancelled meanwhile; `coro` has ended all the
             same. What `coro` raised is then the `__cause__`.
     """
-    loop = asyncio.get_running_loop()
-    task = EndingTask(coro, loop=loop, limit=limit)
-    task.caller = asyncio.current_task()
-    # Not `await task`: who is cancelled passes that on to what it awaits.
-    waiter = loop.create_future()
-    task.add_done_callback(lambda _: None if waiter.done() else waiter.set_result(None))
+    caller = asyncio.current_task()
+    assert caller is not None
+    if isinstance(caller, Ending):
+        return await coro  # inside another one, so nobody cancels it
+    ending = Ending(coro, caller, limit)
+    cancelled: CancelledError | None = None
     try:
-        await waiter
-    except asyncio.CancelledError as cancelled:
-        with anyio.CancelScope(shield=True):
-            await _finished(task)
-        if not task.cancelled():
-            # The same exception object goes on: anyio recognises its own by the message.
-            cancelled.__cause__ = task.exception()
-        raise
-    try:
-        if task.cancelled():  # by its limit, and not the caller
-            raise TransactionError(
-                f"the end of a unit of work did not finish within its time limit of {limit:g} s."
-            )
-        return task.result()
-    finally:
-        # Or what it raised would keep itself alive: its traceback has this frame.
-        del task
-
-
-async def _finished(task: EndingTask[Any]) -> None:
-    """Wait until `task` is done, through any number of further calls of `Task.cancel()`."""
-    while not task.done():
         try:
-            await asyncio.wait((task,))
-        except asyncio.CancelledError:
-            # The caller is about to raise the first CancelledError; a second says no more.
-            continue
+            while True:
+                future = ending.step()
+                if cancelled is None:
+                    try:
+                        await (asyncio.sleep(0) if future is None else _Waiting(future))
+                    except CancelledError as error:
+                        cancelled = error
+                if cancelled is not None:
+                    await _settled(future)
+        except StopIteration as end:
+            result: T = end.value
+        except Exception as error:
+            # The same exception object goes on: anyio recognises its own by the message.
+            if cancelled is not None:
+                raise cancelled from error
+            raise
+        except CancelledError as error:
+            if cancelled is None:
+                raise _too_late(limit) if ending.limit.is_over else error
+        if cancelled is not None:
+            raise cancelled
+        return result
+    finally:
+        ending.over()
+        # Or what is raised would keep itself alive: its traceback has this frame.
+        del caller, ending, cancelled
+
+
+def _too_late(limit: float) -> TransactionError:
+    return TransactionError(
+        f"the end of a unit of work did not finish within its time limit of {limit:g} s."
+    )
+
+
+async def _settled(future: Future[Any] | None) -> None:
+    """Wait until `future` is done, through any number of cancellations.
+
+    The caller is about to raise the first CancelledError; another one says no more.
+    """
+    with anyio.CancelScope(shield=True):
+        if future is None:
+            with contextlib.suppress(CancelledError):
+                await asyncio.sleep(0)
+        while future is not None and not future.done():
+            with contextlib.suppress(CancelledError):
+                await asyncio.wait((future,))
+
+
+def acting_task() -> asyncio.Task[Any] | None:
+    """The running task, or the one that waits for it if this is the end of its work."""
+    task = asyncio.current_task()
+    return task.caller if isinstance(task, Ending) else task

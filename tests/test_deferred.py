@@ -14,6 +14,7 @@ from sqlalchemy.exc import IntegrityError
 from repom import current_session, deferred, on_commit, session_scope
 from repom.async_session import get_async_db_session, get_async_session
 from repom.database import Database
+from repom.deferred import EndingTask, Guard
 from repom.errors import NoScopeError, TransactionError
 from repom.session import get_db_session
 from tests.support.units import (
@@ -280,3 +281,33 @@ def test_loop_left_when_its_event_loop_is_gone(caplog: pytest.LogCaptureFixture)
     deferred.end_later(end(), limit=1, label="a unit")
     assert "a unit was not ended" in caplog.text
     assert not deferred.pending
+
+
+# --- the tasks that nobody awaits
+
+
+async def steps(log: list[int]) -> None:
+    for number in range(20):
+        await asyncio.sleep(0)
+        log.append(number)
+
+
+def test_end_of_asyncio_run_waits_for_a_guarded_ending() -> None:
+    """`asyncio.run()` cancels the tasks that are left; a guarded ending goes on to its end."""
+    log: list[int] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        Guard(EndingTask(steps(log), loop=loop, limit=60), name="end of a test")
+
+    asyncio.run(main())
+    assert log == list(range(20))
+
+
+async def test_nobody_else_can_find_an_ending() -> None:
+    """What a server cancels when it stops, `asyncio.all_tasks()`, does not have it."""
+    loop = asyncio.get_running_loop()
+    before = asyncio.all_tasks()
+    task = EndingTask(steps([]), loop=loop, limit=60)
+    assert asyncio.all_tasks() == before
+    await task

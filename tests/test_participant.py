@@ -20,9 +20,9 @@ from repom import (
     session_scope,
 )
 from repom.database import Database
+from repom.deferred import EndingTask
 from repom.errors import CommitOutcomeUnknown, ScopeClosedError, TransactionError
 from repom.finish import finish
-from repom.shield import EndingTask
 from repom.transaction import new_scope
 from tests.support.polling import until
 from tests.support.reader import ask, connect, execute

@@ -10,7 +10,7 @@ import pytest
 
 from repom import shield
 from repom.errors import TransactionError
-from repom.shield import EndingTask, Guard, acting_task, run_to_end
+from repom.shield import Ending, acting_task, run_to_end
 from tests.support.units import CANCELLING, Cancelling, cancelled_at, counted_turns
 
 LIMIT = 5.0
@@ -101,15 +101,15 @@ async def test_waiting_under_a_cancelled_scope_costs_no_turns_of_the_loop() -> N
 
 async def test_time_limit_cancels_the_ending() -> None:
     """What hangs is cancelled by the limit; the caller, who is not, gets an error."""
-    expired = []
+    expired: list[bool] = []
 
     async def hang() -> None:
         try:
             await asyncio.Event().wait()
         finally:
             task = asyncio.current_task()
-            assert isinstance(task, EndingTask)
-            expired.append(task.expired)
+            assert isinstance(task, Ending)
+            expired.append(task.limit.is_over)
 
     with pytest.raises(TransactionError, match=r"time limit of 0\.01 s"):
         await run_to_end(hang(), limit=0.01)
@@ -151,27 +151,6 @@ async def test_timeouts_inside_the_ending_work() -> None:
 
     with pytest.raises(TimeoutError):
         await run_to_end(connect(), limit=LIMIT)
-
-
-def test_end_of_asyncio_run_waits_for_a_guarded_ending() -> None:
-    """`asyncio.run()` cancels the tasks that are left; a guarded ending goes on to its end."""
-    log: list[int] = []
-
-    async def main() -> None:
-        loop = asyncio.get_running_loop()
-        Guard(EndingTask(steps(log, 20), loop=loop, limit=LIMIT), name="end of a test")
-
-    asyncio.run(main())
-    assert log == list(range(20))
-
-
-async def test_nobody_else_can_find_an_ending() -> None:
-    """What a server cancels when it stops, `asyncio.all_tasks()`, does not have it."""
-    loop = asyncio.get_running_loop()
-    before = asyncio.all_tasks()
-    task = EndingTask(steps([]), loop=loop, limit=LIMIT)
-    assert asyncio.all_tasks() == before
-    await task
 
 
 @pytest.mark.parametrize("how", ["succeeds", "fails", "is cancelled"])
@@ -218,6 +197,3 @@ async def test_ending_acts_for_the_task_that_waits_for_it() -> None:
     await run_to_end(end(), limit=LIMIT)
     here = asyncio.current_task()
     assert acting == [here, here]
-    alone = EndingTask(end(), loop=asyncio.get_running_loop(), limit=LIMIT)
-    await alone
-    assert acting[2] is alone
