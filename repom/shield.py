@@ -215,8 +215,10 @@ async def run_to_end(coro: Coroutine[Any, Any, T], *, limit: float) -> T:
                 raise cancelled from error
             raise
         except CancelledError as error:
+            if cancelled is None and ending.limit.is_over:
+                raise _too_late(limit) from error
             if cancelled is None:
-                raise _too_late(limit) if ending.limit.is_over else error
+                raise
         if cancelled is not None:
             raise cancelled
         return result
