@@ -49,6 +49,8 @@ class SessionScope:
         label: what the unit of work is, for logs: its `str()` is "POST /articles", or a name.
         parent: the scope inside which this one was opened, if any.
         is_sync: whether sync code ends it, which cannot await the end of an `AsyncSession`.
+        attempt: how often the work was begun, this time included: more than 1 if it has lost a
+            conflict and is repeated.
     """
 
     __slots__ = (
@@ -64,6 +66,7 @@ class SessionScope:
         "_sync_sessions",
         "_token",
         "_turn",
+        "attempt",
         "callbacks",
         "databases",
         "end_timeout",
@@ -81,8 +84,10 @@ class SessionScope:
         inner_commits: InnerCommits = "defer",
         end_timeout: float = END_TIMEOUT,
         is_sync: bool = False,
+        attempt: int = 1,
     ) -> None:
         self.label = label
+        self.attempt = attempt
         self.parent: Surroundings | None = None
         self.databases = databases
         self.end_timeout = end_timeout

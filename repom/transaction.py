@@ -1,28 +1,32 @@
-"""What code writes that has no request around it, or wants a smaller block inside one."""
+"""Units of work for code that no request is around: `session_scope()` and its kin."""
 
 from __future__ import annotations
 
+import asyncio
 import functools
-import inspect
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from types import TracebackType
-from typing import Any, ParamSpec, TypeVar, cast
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+)
+from typing import TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from repom import finish
-from repom.current import databases_here, open_scope_here
+from repom.conflicts import is_conflict
+from repom.current import databases_here
 from repom.database import BeginOptions, Database
 from repom.deferred import raise_failure
 from repom.dialects import Begin
-from repom.errors import DurableAtomicError, ScopeError
 from repom.managed import InnerCommits
-from repom.registry import DEFAULT
+from repom.retry import Attempts, RetryOn
 from repom.scope import END_TIMEOUT, SessionScope
 
-P = ParamSpec("P")
 R = TypeVar("R")
 
 
@@ -35,6 +39,7 @@ def new_scope(
     sqlite_begin: Begin = "IMMEDIATE",
     label: object = "session_scope()",
     is_sync: bool = False,
+    attempt: int = 1,
 ) -> SessionScope:
     """A scope for the databases known here, not yet entered; see `session_scope`."""
     raise_failure()
@@ -45,18 +50,18 @@ def new_scope(
         inner_commits=inner_commits,
         end_timeout=end_timeout,
         is_sync=is_sync,
+        attempt=attempt,
     )
 
 
-@asynccontextmanager
-async def session_scope(
+def session_scope(
     database: str | Database | None = None,
     *,
     isolation_level: str | None = None,
     inner_commits: InnerCommits = "defer",
     end_timeout: float = END_TIMEOUT,
     sqlite_begin: Begin = "IMMEDIATE",
-) -> AsyncIterator[AsyncSession]:
+) -> AbstractAsyncContextManager[AsyncSession]:
     """A unit of work for jobs, scripts, WebSocket messages and parallel writers.
 
     Committed when the block is left, rolled back when it raises or is cancelled, closed
@@ -80,13 +85,21 @@ async def session_scope(
         ...     async with session_scope() as session:
         ...         session.add(Article(title="Good morning"))
     """
-    scope = new_scope(
-        database,
-        isolation_level=isolation_level,
-        inner_commits=inner_commits,
-        end_timeout=end_timeout,
-        sqlite_begin=sqlite_begin,
+    return _inside(
+        functools.partial(
+            new_scope,
+            database,
+            isolation_level=isolation_level,
+            inner_commits=inner_commits,
+            end_timeout=end_timeout,
+            sqlite_begin=sqlite_begin,
+        )
     )
+
+
+@asynccontextmanager
+async def _inside(make: Callable[[], SessionScope]) -> AsyncIterator[AsyncSession]:
+    scope = make()
     scope.enter()
     try:
         try:
@@ -99,28 +112,35 @@ async def session_scope(
         scope.leave()
 
 
-@contextmanager
 def sync_session_scope(
     database: str | Database | None = None,
     *,
     isolation_level: str | None = None,
     inner_commits: InnerCommits = "defer",
     sqlite_begin: Begin = "IMMEDIATE",
-) -> Iterator[Session]:
+) -> AbstractContextManager[Session]:
     """The sync twin of `session_scope`; inside it, use `current_sync_session()`.
 
     Args:
         database: as for `session_scope`, like the others. There is no time limit for its end:
             give the driver one in `connect_args`.
     """
-    scope = new_scope(
-        database,
-        isolation_level=isolation_level,
-        inner_commits=inner_commits,
-        sqlite_begin=sqlite_begin,
-        label="sync_session_scope()",
-        is_sync=True,
+    return _inside_sync(
+        functools.partial(
+            new_scope,
+            database,
+            isolation_level=isolation_level,
+            inner_commits=inner_commits,
+            sqlite_begin=sqlite_begin,
+            label="sync_session_scope()",
+            is_sync=True,
+        )
     )
+
+
+@contextmanager
+def _inside_sync(make: Callable[[], SessionScope]) -> Iterator[Session]:
+    scope = make()
     scope.enter()
     try:
         try:
@@ -133,123 +153,96 @@ def sync_session_scope(
         scope.leave()
 
 
-class atomic:  # noqa: N801 - reads as a statement, like `contextlib.suppress`
-    """A block that happens whole or not at all, as in Django.
+async def run_transaction(
+    function: Callable[[], Awaitable[R]],
+    *,
+    database: str | Database | None = None,
+    retries: int = 3,
+    retry_on: RetryOn = is_conflict,
+    isolation_level: str | None = None,
+) -> R:
+    """Call `function` in a unit of work, and once more in a new one if that lost a conflict.
 
-    Inside a unit of work it is a savepoint, released when the block is left and rolled back
-    when it raises. Outside of one it is a unit of work of its own (`session_scope()`).
+    Serialization failures, deadlocks and failed certifications, at COMMIT too, are what a
+    database tells of two transactions that cannot both happen. Nothing of the one that lost is
+    left, so it can be done again: all of it, since what it had read is out of date.
 
     Args:
-        database: a name, or the `Database`.
-        durable: refuse to be a savepoint: leaving the block must mean COMMIT.
+        function: async, without parameters. It may be called several times, so what it does
+            outside of the database belongs into `on_commit`.
+        database: a name, or the `Database`; the default one if left out.
+        retries: how often it may be repeated, after a growing pause.
+        retry_on: `retry_on(error)` says whether an error is worth it.
+        isolation_level: as for `session_scope`.
+
+    Returns:
+        What `function` returned in the attempt that was committed.
 
     Raises:
-        DurableAtomicError: on entering, with `durable`, inside an open unit of work.
+        Exception: what `function` or COMMIT raised in the last attempt.
+        CommitOutcomeUnknown: the connection was lost in COMMIT. It is never repeated.
 
     Example:
-        >>> @atomic()
-        ... async def transfer(a: Account, b: Account, amount: int) -> None:
-        ...     a.balance -= amount
-        ...     b.balance += amount
+        >>> async def count() -> None:
+        ...     counter = await current_session().get_one(Counter, 1)
+        ...     counter.value += 1
 
-        >>> async def import_row(row: dict) -> None:
-        ...     async with atomic() as session:
-        ...         session.add(Article(**row))
+        >>> async def visit() -> None:
+        ...     await run_transaction(count, isolation_level="SERIALIZABLE")
     """
-
-    def __init__(self, database: str | Database | None = None, *, durable: bool = False) -> None:
-        self._database = database
-        self._durable = durable
-        self._block: Any = None
-
-    async def __aenter__(self) -> AsyncSession:
-        session: AsyncSession | None = None
-        scope = self._enclosing_scope()
-        if scope is None:
-            self._block = session_scope(self._database)
-        else:
-            session = scope.session(self._database or DEFAULT)
-            self._block = session.begin_nested()
+    attempts = Attempts(retries, retry_on, label=_name(function))
+    while True:
+        make = functools.partial(
+            new_scope,
+            database,
+            isolation_level=isolation_level,
+            label=_name(function),
+            attempt=attempts.number,
+        )
         try:
-            entered = await self._block.__aenter__()
-        except BaseException:
-            self._block = None
-            raise
-        return session or cast(AsyncSession, entered)
+            async with _inside(make):
+                return await function()
+        except Exception as error:
+            pause = attempts.pause_after(error)
+            if pause is None:
+                raise
+        await asyncio.sleep(pause)
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        block, self._block = self._block, None
-        await block.__aexit__(kind, error, tb)
 
-    def __enter__(self) -> Session:
-        session: Session | None = None
-        scope = self._enclosing_scope()
-        if scope is None:
-            self._block = sync_session_scope(self._database)
-        else:
-            session = scope.sync_session(self._database or DEFAULT)
-            self._block = session.begin_nested()
+def run_sync_transaction(
+    function: Callable[[], R],
+    *,
+    database: str | Database | None = None,
+    retries: int = 3,
+    retry_on: RetryOn = is_conflict,
+    isolation_level: str | None = None,
+) -> R:
+    """The sync twin of `run_transaction`; inside it, use `current_sync_session()`.
+
+    Args:
+        function: without parameters. The others are those of `run_transaction`.
+    """
+    attempts = Attempts(retries, retry_on, label=_name(function))
+    while True:
+        make = functools.partial(
+            new_scope,
+            database,
+            isolation_level=isolation_level,
+            label=_name(function),
+            is_sync=True,
+            attempt=attempts.number,
+        )
         try:
-            entered = self._block.__enter__()
-        except BaseException:
-            self._block = None
-            raise
-        return session or cast(Session, entered)
+            with _inside_sync(make):
+                return function()
+        except Exception as error:
+            pause = attempts.pause_after(error)
+            if pause is None:
+                raise
+        time.sleep(pause)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        block, self._block = self._block, None
-        block.__exit__(kind, error, tb)
 
-    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
-        """Decorate `function`, sync or async: each call of it is such a block.
-
-        Raises:
-            TypeError: it is a generator function, whose body runs when the call is over.
-        """
-        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-            raise TypeError(
-                f"@atomic() cannot decorate {function.__qualname__}(): the body of a generator "
-                "runs after the call that makes it.\n"
-                "Write `async with atomic():` (or `with atomic():`) inside it."
-            )
-        if inspect.iscoroutinefunction(function):
-
-            @functools.wraps(function)
-            async def run_async(*args: P.args, **kwargs: P.kwargs) -> Any:
-                async with atomic(self._database, durable=self._durable):
-                    return await function(*args, **kwargs)
-
-            return cast(Callable[P, R], run_async)
-
-        @functools.wraps(function)
-        def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            with atomic(self._database, durable=self._durable):
-                return function(*args, **kwargs)
-
-        return run
-
-    def _enclosing_scope(self) -> SessionScope | None:
-        if self._block is not None:
-            raise ScopeError(
-                "this atomic() object is in use already, by an enclosing block or by another "
-                "task: it stands for one block at a time.\n"
-                "Write `atomic()` once more for each block."
-            )
-        scope = open_scope_here()
-        if scope is not None and self._durable:
-            raise DurableAtomicError(
-                f"atomic(durable=True) was entered inside {scope.label}, whose owner commits: "
-                "leaving this block could not commit anything.\n"
-                "Call it outside, or open an independent unit of work with session_scope()."
-            )
-        return scope
+def _name(function: Callable[..., object]) -> str:
+    if isinstance(function, functools.partial):
+        return _name(function.func)
+    return f"{getattr(function, '__qualname__', repr(function))}()"

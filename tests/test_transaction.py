@@ -1,27 +1,27 @@
-"""What user code writes: `session_scope()`, its sync twin, and `atomic()`."""
+"""What user code writes: `session_scope()`, `run_transaction()`, and their sync twins."""
 
 import asyncio
-import inspect
-from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from functools import partial
 
 import pytest
-from sqlalchemy import insert, literal, select, text
+from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
 
 from repom import (
-    atomic,
     current_scope,
     current_session,
     current_sync_session,
+    on_commit,
+    run_sync_transaction,
+    run_transaction,
     session_scope,
     sync_session_scope,
 )
 from repom.database import Database
-from repom.errors import DurableAtomicError, NoScopeError, ScopeError
+from repom.errors import CommitOutcomeUnknown, NoScopeError
+from tests.support.faultproxy import FaultProxy
 from tests.support.units import (
     CANCELLING,
     Cancelling,
@@ -33,6 +33,8 @@ from tests.support.units import (
     database,
     late_checking,
     postgres,
+    prepared,
+    remarks,
     sqlite,
     texts,
 )
@@ -218,226 +220,118 @@ async def test_two_runs_of_a_job_in_one_process(database: Database) -> None:
     assert texts(database) == ["a", "b"]
 
 
-# --- atomic: a savepoint, or a scope --------------------------------------------------------------
+# --- run_transaction: again after a conflict ------------------------------------------------------
+
+CLIENTS = 6
 
 
-async def test_atomic_outside_a_scope_is_one(database: Database) -> None:
-    async with atomic(database) as session:
-        assert current_session() is session
-        session.add(Note(text="a"))
-    with suppress(ZeroDivisionError):
-        async with atomic(database):
-            current_session().add(Note(text="b"))
-            raise ZeroDivisionError
-    assert texts(database) == ["a"]
+async def increment(seen: list[int]) -> int:
+    """Read and write what others read and write, too; what is read decides what is written."""
+    seen.append(current_scope().attempt)
+    note = (await current_session().scalars(select(Note))).one()
+    note.remark = f"{int(note.remark or 0) + 1}"
+    return int(note.remark)
 
 
-async def test_atomic_in_a_scope_is_a_savepoint(database: Database) -> None:
-    """An error that is caught outside the block undoes the block, and nothing else."""
-    async with session_scope(database) as session:
-        session.add(Note(text="before"))
-        async with atomic() as inner:
-            assert inner is session
-            session.add(Note(text="kept"))
-        with suppress(ZeroDivisionError):
-            async with atomic():
-                session.add(Note(text="undone"))
-                await session.flush()
-                raise ZeroDivisionError
-        session.add(Note(text="after"))
-    assert texts(database) == ["before", "kept", "after"]
+def increment_sync(seen: list[int]) -> int:
+    seen.append(current_scope().attempt)
+    note = current_sync_session().scalars(select(Note)).one()
+    note.remark = f"{int(note.remark or 0) + 1}"
+    return int(note.remark)
 
 
-async def test_atomic_of_a_scope_that_fails_is_undone_with_it(database: Database) -> None:
-    with suppress(ZeroDivisionError):
-        async with session_scope(database):
-            async with atomic() as session:
-                session.add(Note(text="a"))
-            raise ZeroDivisionError
-    assert texts(database) == []
-
-
-def test_sync_atomic_is_a_savepoint_or_a_scope(database: Database) -> None:
-    with atomic(database) as session:
-        session.add(Note(text="own"))
+def with_a_counter(database: Database) -> None:
     with sync_session_scope(database) as session:
-        with atomic() as inner:
-            assert inner is session
-            session.add(Note(text="kept"))
-        with suppress(ZeroDivisionError), atomic():
-            session.add(Note(text="undone"))
-            session.flush()
-            raise ZeroDivisionError
-    assert texts(database) == ["own", "kept"]
+        session.add(Note(text="counter"))
 
 
-async def test_failed_statement_in_atomic_leaves_the_transaction_healthy(
-    database: Database,
-) -> None:
-    """PostgreSQL refuses everything after an error, until it is rolled back to a savepoint."""
-    async with session_scope(database) as session:
-        session.add(Note(text="a"))
-        for statement in (insert(Note).values(text="a"), text("no sql")):
-            with pytest.raises(Exception, match=r"unit_note|syntax"):
-                async with atomic():
-                    await session.execute(statement)
-        with pytest.raises(IntegrityError):
-            async with atomic():
-                session.add(Note(text="a"))
-        session.add(Note(text="b"))
-    assert texts(database) == ["a", "b"]
+async def test_work_that_lost_a_conflict_is_done_again(database: Database) -> None:
+    """No increment is lost, each is returned once, and somebody needed a second attempt, but on
+    SQLite, where writers wait for each other before they read."""
+    with_a_counter(database)
+    seen: list[int] = []
+    counted = await asyncio.gather(
+        *(
+            run_transaction(
+                partial(increment, seen),
+                database=database,
+                retries=50,
+                isolation_level="SERIALIZABLE",
+            )
+            for _ in range(CLIENTS)
+        )
+    )
+    assert sorted(counted) == list(range(1, CLIENTS + 1))
+    assert remarks(database) == [f"{CLIENTS}"]
+    assert (max(seen) > 1) is not database.is_sqlite
+    assert_nothing_open(database)
 
 
-async def test_atomic_of_another_database(sqlite: Database, postgres: Database) -> None:
-    """In a scope it is a savepoint of the session that the scope has for that database."""
-    async with session_scope(sqlite):
-        with suppress(ZeroDivisionError):
-            async with atomic(postgres) as session:
-                assert session is current_session(postgres)
-                session.add(Note(text="undone"))
-                await session.flush()
-                raise ZeroDivisionError
-        current_session(postgres).add(Note(text="kept"))
-    assert texts(postgres) == ["kept"]
+def test_sync_work_that_lost_a_conflict_is_done_again(database: Database) -> None:
+    with_a_counter(database)
+    seen: list[int] = []
+    with ThreadPoolExecutor(CLIENTS) as threads:
+        futures = [
+            threads.submit(
+                run_sync_transaction,
+                partial(increment_sync, seen),
+                database=database,
+                retries=50,
+                isolation_level="SERIALIZABLE",
+            )
+            for _ in range(CLIENTS)
+        ]
+        counted = [future.result() for future in futures]
+    assert sorted(counted) == list(range(1, CLIENTS + 1))
+    assert remarks(database) == [f"{CLIENTS}"]
 
 
-# --- atomic as a decorator ------------------------------------------------------------------------
+async def test_work_is_repeated_only_so_often(database: Database) -> None:
+    """What it raised in the end is raised; nothing of any attempt is kept, and what waited for
+    COMMIT did not happen."""
+    attempts, called = [], []
 
-
-def test_decorated_function_keeps_name_signature_and_return(sqlite: Database) -> None:
-    @atomic(sqlite)
-    async def transfer(amount: int, *, note: str = "") -> int:
-        """Move it."""
-        return amount * 2
-
-    @atomic(sqlite)
-    def transfer_sync(amount: int) -> int:
-        current_sync_session()
-        return amount * 3
-
-    assert inspect.iscoroutinefunction(transfer)
-    assert not inspect.iscoroutinefunction(transfer_sync)
-    assert (transfer.__name__, transfer.__doc__) == ("transfer", "Move it.")
-    assert str(inspect.signature(transfer)) == "(amount: int, *, note: str = '') -> int"
-    assert asyncio.run(transfer(21)) == 42
-    assert transfer_sync(2) == 6
-
-
-async def test_decorated_function_is_a_block_at_each_call(database: Database) -> None:
-    """Recursion nests: the innermost that fails undoes itself, if its error is caught."""
-
-    @atomic(database)
-    async def write(depth: int) -> None:
-        current_session().add(Note(text=f"depth {depth}"))
-        if depth == 2:
-            raise ZeroDivisionError
-        with suppress(ZeroDivisionError):
-            await write(depth + 1)
-
-    await write(0)
-    assert texts(database) == ["depth 0", "depth 1"]
-
-
-@pytest.mark.parametrize("shared", [False, True], ids=["scopes of their own", "one scope"])
-async def test_concurrent_use_of_one_decorator(database: Database, shared: bool) -> None:
-    """Each call has its own scope; in one scope, one savepoint after the other."""
-
-    @atomic(database)
-    async def write(number: int) -> None:
-        session = current_session()
-        session.add(Note(text=str(number)))
-        await session.flush()
-        await asyncio.sleep(0)
-        if number % 2:
-            raise ZeroDivisionError
-
-    async def write_all() -> None:
-        calls = (write(number) for number in range(6))
-        results = await asyncio.gather(*calls, return_exceptions=True)
-        assert [type(result) for result in results] == [type(None), ZeroDivisionError] * 3
-
-    if shared:
-        async with session_scope(database):
-            await write_all()
-    else:
-        await write_all()
-    assert sorted(texts(database)) == ["0", "2", "4"]
-
-
-async def test_one_object_is_one_block_at_a_time(sqlite: Database) -> None:
-    """Shared by two tasks it would end the block of the other."""
-    block = atomic(sqlite)
-    async with block:
-        with pytest.raises(ScopeError, match=r"Write `atomic\(\)` once more"):
-            await block.__aenter__()
-    async with block as session:
-        session.add(Note(text="again"))
-    with block as sync:
-        with pytest.raises(ScopeError, match="in use already"):
-            block.__enter__()
-        sync.add(Note(text="and again"))
-    assert texts(sqlite) == ["again", "and again"]
-
-
-def generator() -> Iterator[int]:
-    yield 1
-
-
-async def async_generator() -> AsyncIterator[int]:
-    yield 1
-
-
-@pytest.mark.parametrize("function", [generator, async_generator])
-def test_generator_functions_are_refused(function: Callable[[], Any]) -> None:
-    """Their body would run when the block has been left."""
-    with pytest.raises(TypeError, match=r"(?s)@atomic\(\) cannot decorate .*generator.*inside it"):
-        atomic()(function)
-
-
-async def test_block_that_cannot_be_entered_can_be_tried_again(
-    sqlite: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What fails on entering leaves the object unused."""
-    block = atomic(sqlite)
-
-    async def entering() -> None:
-        async with block:
-            pass
-
-    def refuse(*_: object, **__: object) -> None:
+    async def lose() -> None:
+        attempts.append(current_scope().attempt)
+        current_session().add(Note(text="a"))
+        on_commit(lambda: called.append("committed"))
         raise ZeroDivisionError
 
-    with monkeypatch.context() as patched:
-        patched.setattr(AsyncSession, "__init__", refuse)
-        patched.setattr(Session, "__init__", refuse)
-        with pytest.raises(ZeroDivisionError):
-            await entering()
-        with pytest.raises(ZeroDivisionError):
-            block.__enter__()
-    await entering()
-    with pytest.raises(NoScopeError):
-        current_scope()
+    def is_lost(error: BaseException) -> bool:
+        return isinstance(error, ZeroDivisionError)
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        await run_transaction(lose, database=database, retries=2, retry_on=is_lost)
+    assert attempts == [1, 2, 3]
+    assert caught.value.__notes__ == ["It was attempt 3, the last one."]
+    assert (texts(database), called) == ([], [])
 
 
-# --- durable --------------------------------------------------------------------------------------
+async def test_other_errors_are_not_repeated(sqlite: Database) -> None:
+    attempts = []
+
+    async def fail() -> None:
+        attempts.append(current_scope().attempt)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await run_transaction(fail, database=sqlite)
+    assert attempts == [1]
 
 
-async def test_durable_commits_when_left(sqlite: Database) -> None:
-    async with atomic(sqlite, durable=True) as session:
-        session.add(Note(text="a"))
-    assert texts(sqlite) == ["a"]
+async def test_unknown_outcome_is_not_repeated(postgres_url: str) -> None:
+    """It may have been committed, and was, here."""
+    async with FaultProxy(postgres_url + "?sslmode=disable") as proxy:
+        with prepared(postgres_url) as direct:
+            database = Database(proxy.url)
+            attempts = []
 
+            async def write() -> None:
+                attempts.append(current_scope().attempt)
+                current_session().add(Note(text="a"))
 
-async def test_durable_refuses_to_be_a_savepoint(sqlite: Database) -> None:
-    """The error names the unit of work that would have the last word."""
-
-    @atomic(sqlite, durable=True)
-    async def pay() -> None:
-        raise AssertionError("not to be called")
-
-    async with session_scope(sqlite) as session:
-        with pytest.raises(
-            DurableAtomicError, match=r"(?s)inside session_scope\(\).*session_scope"
-        ):
-            await pay()
-        assert await session.scalar(select(literal(1))) == 1
+            proxy.cut(b"COMMIT", "after")
+            with pytest.raises(CommitOutcomeUnknown):
+                await run_transaction(write, database=database)
+            assert (attempts, texts(direct)) == ([1], ["a"])
+            await database.dispose()
