@@ -26,6 +26,11 @@ WORKERS ?= --numprocesses=auto --dist=worksteal
 test: $(VENV)/.test,users  ## all tests; PostgreSQL and MariaDB where they are reachable
 	$(VENV)/bin/python -m pytest $(WORKERS) $(ARGS)
 
+.PHONY: test-cluster
+test-cluster: $(VENV)/.test,users  ## replicas, Galera, PgBouncer: real ones, which it installs (as root) and starts
+	tests/cluster/servers/install.sh
+	$(VENV)/bin/python -m pytest tests/cluster $(ARGS)
+
 .PHONY: coverage
 coverage: $(VENV)/.test,users  ## the same, with the lines and branches that no test has run
 	$(VENV)/bin/python -m pytest $(WORKERS) --cov --cov-report=term-missing $(ARGS)

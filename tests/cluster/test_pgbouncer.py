@@ -1,0 +1,61 @@
+"""PgBouncer in transaction mode: a connection of the client is many connections of the server.
+
+What a driver has prepared on one of them is missing on the next, and what two clients have
+prepared under one name collides.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from sqlalchemy.engine import make_url
+
+from tests.cluster.conftest import Cluster
+from tests.support.reader import execute, rows
+
+TRANSACTIONS = 500
+AT_ONCE = 20
+
+#: Its arguments: a URL, and the id of the first row it writes. Prints the errors it has met.
+CLIENT = f"""
+import asyncio, collections, json, sys
+from sqlalchemy import text
+from repom import Database, session_scope
+
+async def main(url, first):
+    database = Database(url, pgbouncer=True, engine_kwargs={{"pool_size": {AT_ONCE}}})
+    errors, ids = collections.Counter(), iter(range(first, first + {TRANSACTIONS}))
+
+    async def work():
+        for id_ in ids:
+            try:
+                async with session_scope(database) as session:
+                    await session.execute(text("INSERT INTO item VALUES (:id)"), {{"id": id_}})
+                    await session.execute(text("SELECT id FROM item WHERE id = :id"), {{"id": id_}})
+            except Exception as error:
+                errors[str(error)[:200]] += 1
+
+    await asyncio.gather(*(work() for _ in range({AT_ONCE})))
+    await database.dispose()
+    print(json.dumps(errors))
+
+asyncio.run(main(sys.argv[1], int(sys.argv[2])))
+"""
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+def test_two_clients_at_once(pgbouncer: Cluster, postgres_url: str, driver: str) -> None:
+    """All transactions of both succeed, and no statement stays prepared on the server."""
+    execute(postgres_url, "CREATE TABLE item (id INTEGER PRIMARY KEY)")
+    url = make_url(pgbouncer.urls()["REPOM_PGBOUNCER_URL"]).set(drivername=f"postgresql+{driver}")
+    clients = [
+        subprocess.Popen(
+            [sys.executable, "-c", CLIENT, url.render_as_string(False), str(first)],
+            stdout=subprocess.PIPE,
+        )
+        for first in (0, TRANSACTIONS)
+    ]
+    errors = [json.loads(client.communicate(timeout=100)[0]) for client in clients]
+    assert errors == [{}, {}]
+    assert rows(postgres_url, "SELECT count(*) FROM item") == [(2 * TRANSACTIONS,)]
