@@ -80,6 +80,11 @@ class Callbacks:
         self._on_rollback = []
 
     @property
+    def has_due(self) -> bool:
+        """Whether there is one to run now."""
+        return bool(self._due)
+
+    @property
     def is_empty(self) -> bool:
         """Whether nothing is registered or due."""
         return not (self._due or self._on_commit or self._on_rollback)

@@ -33,16 +33,21 @@ async def end(scope: SessionScope, *, commit: bool) -> None:
     """
     if commit and not scope.is_open:
         raise scope_closed()
-    await _end_and_call(scope, commit, finishing=False)
+    if scope.is_used:
+        await _end_and_call(scope, commit, finishing=False)
 
 
 async def _end_and_call(scope: SessionScope, commit: bool, *, finishing: bool) -> None:
     try:
-        await _end_transactions(scope, commit, finishing)
+        if scope.in_transaction:
+            await run_to_end(_end(scope, commit, finishing), limit=scope.end_timeout)
+        else:
+            _settle(scope, commit)
     except Exception:
         await _run_callbacks(scope)
         raise
-    await _run_callbacks(scope)
+    if scope.callbacks.has_due:
+        await _run_callbacks(scope)
 
 
 async def finish(scope: SessionScope, *, commit: bool) -> None:
@@ -51,6 +56,8 @@ async def finish(scope: SessionScope, *, commit: bool) -> None:
     Raises:
         BaseException: what COMMIT raised; everything is rolled back then.
     """
+    if scope.close_if_unused():
+        return
     scope.refuse_work()
     try:
         await _end_and_call(scope, commit, finishing=True)
@@ -86,13 +93,6 @@ def finish_sync(scope: SessionScope, *, commit: bool) -> None:
 
 
 # --- transactions
-
-
-async def _end_transactions(scope: SessionScope, commit: bool, finishing: bool) -> None:
-    if scope.in_transaction:
-        await run_to_end(_end(scope, commit, finishing), limit=scope.end_timeout)
-    else:
-        _settle(scope, commit)
 
 
 async def _end(scope: SessionScope, commit: bool, finishing: bool) -> None:

@@ -12,6 +12,7 @@ import anyio.to_thread
 from anyio.lowlevel import RunVar
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
+from sqlalchemy.util import greenlet_spawn
 
 from repom.callbacks import Callbacks
 from repom.database import BeginOptions, Database
@@ -87,7 +88,7 @@ class AsyncParticipant(Participant):
         self._manage(TaskGate(), inner_commits, callbacks)
 
     async def _perform(self, action: Action) -> None:
-        await self.session.run_sync(_end, action)
+        await greenlet_spawn(self.sync_session.end, action)
 
 
 class SyncParticipant(Participant):
@@ -172,10 +173,6 @@ def perform_sync(steps: Steps) -> None:
                 step = next(steps)
     except StopIteration:
         return
-
-
-def _end(session: Any, action: Action) -> None:
-    session.end(action)
 
 
 def _threads() -> anyio.CapacityLimiter:

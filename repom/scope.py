@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextvars import Token
 from enum import Enum
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -49,31 +50,24 @@ class SessionScope:
         label: what the unit of work is, for logs: its `str()` is "POST /articles", or a name.
         parent: the scope inside which this one was opened, if any.
         is_sync: whether sync code ends it, which cannot await the end of an `AsyncSession`.
+        is_used: whether it was ever asked for a session or a callback.
         attempt: how often the work was begun, this time included: more than 1 if it has lost a
             conflict and is repeated.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_async_sessions",
-        "_begin",
-        "_inner_commits",
-        "_loop",
-        "_mutex",
-        "_participants",
-        "_rollback_only",
-        "_state",
-        "_sync_sessions",
-        "_token",
-        "_turn",
-        "attempt",
-        "callbacks",
-        "databases",
-        "end_timeout",
-        "is_sync",
-        "label",
-        "parent",
-    )
+    # Most requests need little of this, so it is made when it is needed.
+    parent: Surroundings | None = None
+    is_used = False
+    _state = ScopeState.OPEN
+    _rollback_only = False
+    _callbacks: Callbacks | None = None
+    _loop: asyncio.AbstractEventLoop | None = None
+    _token: Token[Surroundings | None] | None = None
+    _turn: asyncio.Lock | None = None
+    _participants: Mapping[Database, Participant] = MappingProxyType({})
+    # By what was asked for, so that `current_session()` is one look-up.
+    _async_sessions: Mapping[str | Database, AsyncSession] = MappingProxyType({})
+    _sync_sessions: Mapping[str | Database, Session] = MappingProxyType({})
 
     def __init__(
         self,
@@ -87,23 +81,12 @@ class SessionScope:
         attempt: int = 1,
     ) -> None:
         self.label = label
-        self.attempt = attempt
-        self.parent: Surroundings | None = None
         self.databases = databases
         self.end_timeout = end_timeout
         self.is_sync = is_sync
-        self.callbacks = Callbacks()
+        self.attempt = attempt
         self._begin = begin
         self._inner_commits: InnerCommits = inner_commits
-        self._state = ScopeState.OPEN
-        self._rollback_only = False
-        self._participants: dict[Database, Participant] = {}
-        # By what was asked for, so that `current_session()` is one look-up.
-        self._async_sessions: dict[str | Database, AsyncSession] = {}
-        self._sync_sessions: dict[str | Database, Session] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._token: Token[Surroundings | None] | None = None
-        self._turn: asyncio.Lock | None = None
         self._mutex = threading.Lock()  # threads of one request may ask at the same time
 
     def __repr__(self) -> str:
@@ -124,9 +107,22 @@ class SessionScope:
         return session if session is not None else self._open_sync(database)
 
     @property
+    def callbacks(self) -> Callbacks:
+        """What waits for the end of the transaction."""
+        found = self._callbacks
+        if found is None:
+            with self._mutex:
+                self.is_used = True
+                found = self._callbacks = self._callbacks or Callbacks()
+        return found
+
+    @property
     def in_transaction(self) -> bool:
         """Whether something was begun that has not ended; a SELECT counts."""
-        return any(participant.in_transaction for participant in self.participants)
+        for participant in self._participants.values():
+            if participant.in_transaction:
+                return True
+        return False
 
     @property
     def is_open(self) -> bool:
@@ -201,24 +197,24 @@ class SessionScope:
             )
         participant = self._participant(key, AsyncParticipant)
         self._loop = loop
-        self._async_sessions[key] = participant.session
+        self._async_sessions = {**self._async_sessions, key: participant.session}
         return participant.session
 
     def _open_sync(self, key: str | Database) -> Session:
         self._refuse_if_over()
         participant = self._participant(key, SyncParticipant)
-        self._sync_sessions[key] = participant.session
+        self._sync_sessions = {**self._sync_sessions, key: participant.session}
         return participant.session
 
     def _participant(self, key: str | Database, kind: type[_P]) -> _P:
-        database = self.databases[key]
+        database, callbacks = self.databases[key], self.callbacks
         with self._mutex:
             self._refuse_if_over()  # a thread may have come here just before the end
             found = self._participants.get(database)
             if found is None:
                 name = key if isinstance(key, str) else repr(key)
-                found = kind(name, database, self._begin, self._inner_commits, self.callbacks)
-                self._participants[database] = found
+                found = kind(name, database, self._begin, self._inner_commits, callbacks)
+                self._participants = {**self._participants, database: found}
         if not isinstance(found, kind):
             used, asked = "current_sync_session()", "current_session()"
             if kind is SyncParticipant:
@@ -252,7 +248,7 @@ class SessionScope:
     @property
     def has_work(self) -> bool:
         """Whether there is anything to end, or anybody waits for the end."""
-        return self.in_transaction or not self.callbacks.is_empty
+        return self.is_used and (self.in_transaction or not self.callbacks.is_empty)
 
     @property
     def is_quiet(self) -> bool:
@@ -287,6 +283,13 @@ class SessionScope:
                 # it stays, closed, and tells so whoever finds it.
                 return
 
+    def close_if_unused(self) -> bool:
+        """Close a scope that nobody has asked for anything; whether it was one."""
+        with self._mutex:
+            if not self.is_used:
+                self._state = ScopeState.CLOSED
+            return not self.is_used
+
     def refuse_work(self) -> None:
         """Refuse new work from now on; what is in flight may finish."""
         with self._mutex:
@@ -315,9 +318,8 @@ class SessionScope:
         were opened in it: each has a copy of the context.
         """
         self._state = ScopeState.CLOSED
-        self._participants.clear()
-        self._async_sessions.clear()
-        self._sync_sessions.clear()
+        nothing: Mapping[Any, Any] = MappingProxyType({})
+        self._participants = self._async_sessions = self._sync_sessions = nothing
 
     def _refuse_if_over(self) -> None:
         if self._state is not ScopeState.OPEN:
