@@ -10,6 +10,7 @@ from repom.context import Surroundings, surroundings
 from repom.database import Database
 from repom.deferred import raise_failure
 from repom.errors import NoScopeError
+from repom.gate import scope_closed
 from repom.registry import CONFIGURED, DEFAULT, Databases
 from repom.scope import SessionScope
 
@@ -113,9 +114,18 @@ def on_rollback(callback: Callback, database: str | Database = DEFAULT) -> None:
 
 
 def open_scope_here() -> SessionScope | None:
-    """The unit of work this code runs in, if one is open."""
+    """The unit of work this code runs in, if there is one.
+
+    Raises:
+        ScopeClosedError: it has ended. What opens one of its own where there is none must not do
+            so here: the client may have been told that nothing of this request has happened.
+    """
     here = surroundings.get()
-    return here if type(here) is SessionScope and here.is_open else None
+    if type(here) is not SessionScope:
+        return None
+    if not here.is_open:
+        raise scope_closed()
+    return here
 
 
 def databases_here() -> Databases:

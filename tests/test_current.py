@@ -17,9 +17,8 @@ from repom import (
 from repom.context import surroundings
 from repom.current import Outside, databases_here, open_scope_here
 from repom.database import Database
-from repom.errors import NoScopeError
+from repom.errors import NoScopeError, ScopeClosedError
 from repom.registry import CONFIGURED, Databases
-from repom.scope import SessionScope
 from tests.support.units import Note, sqlite, texts
 
 __all__ = ["sqlite"]
@@ -71,16 +70,18 @@ async def test_databases_of_a_place_are_those_of_its_scopes(sqlite: Database) ->
     assert databases_here() is CONFIGURED
 
 
-async def test_task_that_outlives_its_scope_has_none(sqlite: Database) -> None:
-    """What opens a unit of work of its own where there is none, does so there, too."""
+async def test_task_that_outlives_its_scope_is_told_so(sqlite: Database) -> None:
+    """What opens a unit of work of its own where there is none does not do so here. Half of a
+    request would be committed when the other half, or its answer, says that it failed."""
     over = asyncio.Event()
 
-    async def left_over() -> SessionScope | None:
+    async def left_over() -> None:
         await over.wait()
-        return open_scope_here()
+        open_scope_here()
 
     async with session_scope(sqlite):
         task = asyncio.create_task(left_over())
         assert open_scope_here() is current_scope()
     over.set()
-    assert await task is None
+    with pytest.raises(ScopeClosedError, match=r"session_scope\(\)"):
+        await task

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,15 @@ from sqlalchemy import make_url, select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from repom import Database, current_scope, current_session, current_sync_session, session_scope
+from repom import (
+    Database,
+    atomic,
+    current_scope,
+    current_session,
+    current_sync_session,
+    session_scope,
+)
+from repom.async_session import get_async_db_session
 from repom.config import reset_config
 from repom.errors import (
     ConfigurationError,
@@ -356,6 +365,51 @@ async def test_session_after_the_request(database: Database, database_url: str) 
     with pytest.raises(NoScopeError):
         current_session()
     assert notes(database_url) == ["a"]
+    assert connections_in_use(database) == 0
+
+
+async def write_in_an_atomic_block() -> None:
+    async with atomic():
+        await write("late")
+
+
+async def write_in_a_block() -> None:
+    async with get_async_db_session():
+        await write("late")
+
+
+async def write_in_a_loop() -> None:
+    async for _ in get_async_db_session():
+        await write("late")
+
+
+@pytest.mark.parametrize("work", [write_in_an_atomic_block, write_in_a_block, write_in_a_loop])
+async def test_sibling_of_a_task_that_failed(
+    database: Database, database_url: str, work: Callable[[], Awaitable[None]]
+) -> None:
+    """`gather` lets it go on when the client has its 500. What would be a part of the request
+    until then is no transaction of its own afterwards."""
+    answered = asyncio.Event()
+    siblings: list[asyncio.Task[None]] = []
+
+    async def fail() -> None:
+        raise LookupError
+
+    async def sibling() -> None:
+        await answered.wait()
+        await work()
+
+    async def respond(send: Send) -> None:
+        await write("a")
+        siblings.append(asyncio.create_task(sibling()))
+        await asyncio.gather(fail(), *siblings)
+
+    response = await request(DatabaseSessionMiddleware(responding(respond), database), "POST")
+    assert isinstance(response.exception, LookupError)
+    answered.set()
+    with pytest.raises(ScopeClosedError, match="session_scope"):
+        await siblings[0]
+    assert notes(database_url) == []
     assert connections_in_use(database) == 0
 
 

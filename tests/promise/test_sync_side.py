@@ -30,7 +30,14 @@ from sqlalchemy.orm import DeclarativeBase, Session
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
-from repom import Database, current_scope, current_session, current_sync_session
+from repom import (
+    Database,
+    atomic,
+    current_scope,
+    current_session,
+    current_sync_session,
+    on_commit,
+)
 from repom.errors import MixedSessionsError, ScopeClosedError, TransactionAbortedError
 from repom.middleware import DatabaseSessionMiddleware
 from repom.session import get_db_session, get_db_transaction
@@ -415,6 +422,8 @@ class LeftOver:
             connection.commit,
             connection.rollback,
             current_sync_session,
+            atomic().__enter__,
+            get_db_session().__enter__,
         ):
             try:
                 use()
@@ -450,7 +459,7 @@ async def test_thread_that_is_left_over(place: Place, status: int) -> None:
         with left_over.executor:
             assert (await request(app, "POST", "/first")).status == status
             assert (await request(app, "POST", "/second")).status == 201
-    assert len(errors) == 10
+    assert len(errors) == 12
     assert {type(error) for error in errors} == {ScopeClosedError}
     assert notes(place.plain) == ["first"] * (status == 201) + ["second", "third"]
 
