@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,8 +12,20 @@ from sqlalchemy.orm import SessionTransaction
 Callback = Callable[[], Any]
 
 
-class _Registered(NamedTuple):
+class Due(NamedTuple):
+    """A callback to run now.
+
+    Attributes:
+        in_thread: it was registered in a thread without an event loop, as code of `def`
+            endpoints is, and may block.
+    """
+
     callback: Callback
+    in_thread: bool
+
+
+class _Registered(NamedTuple):
+    due: Due
     savepoint: SessionTransaction | None  # the innermost one, when it was registered
 
 
@@ -29,24 +42,24 @@ class Callbacks:
     def __init__(self) -> None:
         self._on_commit: list[_Registered] = []
         self._on_rollback: list[_Registered] = []
-        self._due: deque[Callback] = deque()
+        self._due: deque[Due] = deque()
 
     def on_commit(self, callback: Callback, savepoint: SessionTransaction | None) -> None:
-        self._on_commit.append(_Registered(callback, savepoint))
+        self._on_commit.append(_register(callback, savepoint))
 
     def on_rollback(self, callback: Callback, savepoint: SessionTransaction | None) -> None:
-        self._on_rollback.append(_Registered(callback, savepoint))
+        self._on_rollback.append(_register(callback, savepoint))
 
     def committed(self) -> None:
         """The transaction has been committed."""
         if self._on_commit or self._on_rollback:
-            self._due += [registered.callback for registered in self._on_commit]
+            self._due += [registered.due for registered in self._on_commit]
             self._clear()
 
     def rolled_back(self) -> None:
         """The transaction has been rolled back."""
         if self._on_commit or self._on_rollback:
-            self._due += [registered.callback for registered in self._on_rollback]
+            self._due += [registered.due for registered in self._on_rollback]
             self._clear()
 
     def savepoint_rolled_back(self, savepoint: SessionTransaction) -> None:
@@ -55,11 +68,11 @@ class Callbacks:
         registered, self._on_rollback = self._on_rollback, []
         for each in registered:
             if _inside(each.savepoint, savepoint):
-                self._due.append(each.callback)
+                self._due.append(each.due)
             else:
                 self._on_rollback.append(each)
 
-    def next_due(self) -> Callback | None:
+    def next_due(self) -> Due | None:
         """The next callback to run now; each is given out once."""
         return self._due.popleft() if self._due else None
 
@@ -88,6 +101,10 @@ class Callbacks:
     def is_empty(self) -> bool:
         """Whether nothing is registered or due."""
         return not (self._due or self._on_commit or self._on_rollback)
+
+
+def _register(callback: Callback, savepoint: SessionTransaction | None) -> _Registered:
+    return _Registered(Due(callback, asyncio._get_running_loop() is None), savepoint)
 
 
 def _inside(savepoint: SessionTransaction | None, outer: SessionTransaction) -> bool:

@@ -8,6 +8,8 @@ import logging
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any
 
+import anyio.to_thread
+
 from repom.callbacks import Callback
 from repom.ending import Steps, close_steps, commit_steps, rollback_steps
 from repom.errors import CommitOutcomeUnknown, PartialCommitError, ScopeError
@@ -176,18 +178,20 @@ async def _run_callbacks(scope: SessionScope) -> None:
 
     A callback that fails is logged: what it was waiting for has happened all the same.
     """
-    while callback := scope.callbacks.next_due():
+    while due := scope.callbacks.next_due():
         try:
-            await _call(scope.for_callback(), callback)
+            await _call(scope.for_callback(), *due)
         except Exception:
-            _log_failed(scope, callback)
+            _log_failed(scope, due.callback)
 
 
-async def _call(unit: SessionScope, callback: Callback) -> None:
+async def _call(unit: SessionScope, callback: Callback, in_thread: bool = False) -> None:
     unit.enter()
     try:
         try:
-            result = callback()
+            # On the event loop it would keep from going on those whom it waits for. With no
+            # connection in hand it can wait for a thread like an endpoint.
+            result = await anyio.to_thread.run_sync(callback) if in_thread else callback()
             if inspect.isawaitable(result):
                 await result
         except BaseException:
@@ -199,16 +203,16 @@ async def _call(unit: SessionScope, callback: Callback) -> None:
 
 
 def _run_callbacks_sync(scope: SessionScope) -> None:
-    while callback := scope.callbacks.next_due():
+    while due := scope.callbacks.next_due():
         try:
-            result = _call_sync(scope.for_callback(is_sync=True), callback)
+            result = _call_sync(scope.for_callback(is_sync=True), due.callback)
             if inspect.isawaitable(result):
                 _refuse_in_event_loop(result)
                 # With a factory it leaves alone what this thread has for an event loop.
                 with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
                     runner.run(_await(scope.for_callback(), result))
         except Exception:
-            _log_failed(scope, callback)
+            _log_failed(scope, due.callback)
 
 
 async def _await(unit: SessionScope, result: Awaitable[Any]) -> None:

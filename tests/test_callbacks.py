@@ -34,8 +34,8 @@ class Told:
     def due(self) -> list[str]:
         """What is due, each given out once."""
         found = []
-        while callback := self.callbacks.next_due():
-            found.append(callback())
+        while due := self.callbacks.next_due():
+            found.append(due.callback())
         return found
 
 

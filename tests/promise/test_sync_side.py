@@ -390,6 +390,37 @@ async def test_threads_of_one_request_share_its_transaction(place: Place, status
     assert sorted(notes(place.plain)) == (list("012345") if status == 201 else [])
 
 
+# --- callbacks
+
+
+async def test_callback_of_an_endpoint_keeps_no_request_waiting(place: Place) -> None:
+    """It may block, and what it waits for goes on: it runs in a thread, as the endpoint did. What
+    it writes is committed when the client has its answer."""
+    called, may_go_on = threading.Event(), threading.Event()
+
+    def callback() -> None:
+        called.set()
+        assert may_go_on.wait(10)
+        write_sync("by the callback")
+
+    def endpoint() -> None:
+        write_sync("a")
+        on_commit(callback)
+
+    async def let_it_go_on() -> None:
+        may_go_on.set()
+
+    async with database_at(place, pool_size=1, max_overflow=0, pool_timeout=5) as database:
+        app = app_at(database)
+        app.post("/", status_code=201)(endpoint)
+        app.post("/other", status_code=201)(let_it_go_on)
+        task = asyncio.create_task(request(app, "POST"))
+        await until(called.is_set)
+        assert (await request(app, "POST", "/other")).status == 201
+        assert (await task).status == 201
+    assert notes(place.plain) == ["a", "by the callback"]
+
+
 # --- threads that are left over
 
 
