@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 
 from repom.config import RepomConfig, get_config
 from repom.dialects import Begin, Support, support_for
-from repom.dialects.sqlite import immediate_engine, is_sqlite, private_memory
+from repom.dialects.sqlite import is_sqlite, private_memory, queueing_engine
 from repom.errors import ConfigurationError
 from repom.loops import LoopEngines, close_returned
 from repom.urls import parse_url, require_driver, safe, to_async, to_sync
@@ -261,8 +261,10 @@ class Database:
         """`engine`, or one with the same pool whose transactions begin as `options` say."""
         if options.isolation_level is not None:
             engine = engine.execution_options(isolation_level=options.isolation_level)
-        if self.is_sqlite and self.sqlite_begin is None and options.sqlite_begin == "IMMEDIATE":
-            engine = immediate_engine(engine)
+        if self.is_sqlite and options.isolation_level != "AUTOCOMMIT":
+            begin = self.sqlite_begin or options.sqlite_begin
+            if begin == "IMMEDIATE" or self._memory_safe_url is not self.url:
+                engine = queueing_engine(engine, begin)
         return engine
 
     @cached_property

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from sqlalchemy import URL, Connection, Engine, event
+from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import asbool, await_only
 
@@ -73,11 +74,31 @@ def private_memory(url: URL) -> URL:
     )
 
 
-def immediate_engine(engine: Engine) -> Engine:
-    """The same engine, with transactions that take the write lock when they begin."""
+def queueing_engine(engine: Engine, begin: Begin) -> Engine:
+    """The same engine, for transactions that begin so: they wait in line, if they have to,
+    before they take a connection.
+
+    Waiting with one in hand, they would keep it from the readers, and from the writer itself
+    when that wants a second one.
+    """
     variant = engine.execution_options()
-    event.listen(variant, "begin", _next_is_immediate)
+    variant.__class__ = _QueueingEngine
+    if begin == "IMMEDIATE":
+        event.listen(variant, "begin", _next_is_immediate)
     return variant
+
+
+class _QueueingEngine(OptionEngine):
+    def raw_connection(self) -> PoolProxiedConnection:
+        dialect: Any = self.dialect
+        ticket: Ticket = dialect.repom_wait_for_turn()
+        try:
+            connection = super().raw_connection()
+        except BaseException:
+            ticket.release()
+            raise
+        _sqlite(connection.driver_connection).ticket = ticket
+        return connection
 
 
 def _next_is_immediate(connection: Connection) -> None:
@@ -88,7 +109,7 @@ class SQLite(Support):
     """Begins every transaction for real, and lets the writers of one file queue.
 
     Args:
-        begin: how transactions begin, but for those of `immediate_engine()`.
+        begin: how transactions begin, but for those of `queueing_engine()`.
     """
 
     def __init__(
@@ -171,10 +192,11 @@ class SQLite(Support):
 
     def install(self, engine: Engine) -> None:
         super().install(engine)
+        dialect: Any = engine.dialect
+        dialect.repom_wait_for_turn = self._wait_for_turn
         if self.is_async:
             # SQLAlchemy awaits aiosqlite's close() first. Cancelled there, it stops the thread
             # that was to do that, and leaves a task behind that waits for it forever.
-            dialect: Any = engine.dialect
             dialect.do_terminate = lambda connection: self.abandon(connection.driver_connection)
 
     def _connect(self, connect: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -188,10 +210,11 @@ class SQLite(Support):
         marked = connection.info.pop(_IMMEDIATE, False)
         sqlite = _sqlite(connection.driver_connection)
         if sqlite.isolation_level is None:
+            sqlite.release()
             return  # AUTOCOMMIT
         immediate = marked or self.begin_mode == "IMMEDIATE"
         # A memory database has no readers beside its writer, so all of them wait in line.
-        if immediate or self.is_memory:
+        if (immediate or self.is_memory) and sqlite.ticket is None:
             sqlite.ticket = self._wait_for_turn()
         sqlite.begin_next = "BEGIN IMMEDIATE" if immediate else "BEGIN"
 

@@ -261,7 +261,8 @@ async def test_rollback_cannot_be_switched_off(driver: Driver) -> None:
 async def test_a_plain_connection_that_could_not_begin_tries_again(database: Database) -> None:
     """SQLAlchemy must know that BEGIN has failed, or the next statement of the connection runs
     outside any transaction and commits itself."""
-    engine = database.async_bind(WRITER)
+    eager = Database(database.url, sqlite_begin="IMMEDIATE")
+    engine = eager.async_engine
     async with engine.connect() as first, engine.connect() as second:
         await first.execute(text("select * from t"))
         with pytest.raises(WouldDeadlockError):
@@ -271,6 +272,7 @@ async def test_a_plain_connection_that_could_not_begin_tries_again(database: Dat
         assert second.in_transaction()
         await second.rollback()
     assert rows(str(database.url), "select * from t") == [(0,)]
+    await eager.dispose()
 
 
 # --- settings ---------------------------------------------------------------------------------
@@ -630,6 +632,8 @@ async def test_waiting_for_too_long_is_an_error_that_says_so(sqlite_url: str, na
     execute(sqlite_url, "create table t (n integer)")
     driver = Driver(name, sqlite_url + "?timeout=0.05")
     path = make_url(sqlite_url).database or ""
+    async with driver.work(WRITER) as work:  # which switches the file to WAL
+        await work.do(statement("select * from t"))
     place = write_queue(path).acquire("somebody", 0)
     async with driver.work(WRITER) as work:
         with pytest.raises(
@@ -833,6 +837,31 @@ async def test_a_waiter_that_is_cancelled_leaves_the_line(database: Database) ->
     assert await read_numbers(database) == [0, 1]
 
 
+@pytest.mark.parametrize("name", ["aiosqlite", "pysqlite"])
+async def test_who_waits_in_line_has_no_connection(
+    request: pytest.FixtureRequest, name: str
+) -> None:
+    """However many writers wait, the pool has one for a reader."""
+    async with open_driver(request, name) as driver:  # in whose pool there is one
+        execute(driver.url, "create table t (n integer not null)")
+        database = driver.database
+
+        def write() -> None:
+            with sync_session_scope(database) as session:
+                session.execute(text("insert into t values (1)"))
+
+        place = line(database).acquire("somebody", 0)
+        writing = asyncio.create_task(
+            write_number(database, 1) if driver.is_async else asyncio.to_thread(write)
+        )
+        await until(lambda: len(line(database)._line) == 2)
+        async with driver.work(READER) as reader:
+            await reader.do(statement("select * from t"))
+        place.release()
+        await writing
+        assert numbers(driver.url) == [1]
+
+
 async def test_dispose_lets_the_writer_that_is_at_work_finish(database: Database) -> None:
     """It gives its place up when it ends."""
     connection = await database.async_bind(WRITER).connect()
@@ -851,9 +880,8 @@ async def test_a_task_that_would_wait_for_itself_is_told_at_once(database: Datab
     """It holds the lock and wants it again: no waiting helps."""
     async with database.async_bind(WRITER).connect() as outer:
         await outer.execute(text("select * from t"))
-        async with database.async_bind(WRITER).connect() as inner:
-            with pytest.raises(WouldDeadlockError, match="enclosing one holds the write lock"):
-                await inner.execute(text("select * from t"))
+        with pytest.raises(WouldDeadlockError, match="enclosing one holds the write lock"):
+            await database.async_bind(WRITER).connect()
         async with database.async_bind(READER).connect() as reader:
             await reader.execute(text("select * from t"))  # readers need no turn
 
@@ -887,6 +915,21 @@ async def test_a_scope_inside_a_scope_of_the_same_task_is_told_at_once(database:
         await until(lambda: len(line(database)._line) == 2)
     await task
     assert await read_numbers(database) == [0, 1]
+
+
+async def test_a_scope_inside_a_scope_is_told_at_once_though_the_pool_is_empty(
+    sqlite_url: str,
+) -> None:
+    """It does not wait for a connection first: all of them may be in the hands of writers that
+    wait for the enclosing scope."""
+    execute(sqlite_url, "create table t (n integer)")
+    database = Database(sqlite_url, engine_kwargs={"pool_size": 1, "max_overflow": 0})
+    async with session_scope(database) as outer:
+        await outer.execute(text("select * from t"))
+        async with session_scope(database) as inner:
+            with pytest.raises(WouldDeadlockError):
+                await inner.execute(text("select * from t"))
+    await database.dispose()
 
 
 def test_a_sync_scope_inside_a_scope_is_told_at_once(sqlite_url: str) -> None:

@@ -401,7 +401,8 @@ async def test_refused(
 def impatient(url: str, pool_timeout: float) -> Database:
     """A database with one connection."""
     pool = {"pool_size": 1, "max_overflow": 0, "pool_timeout": pool_timeout}
-    return Database(url, engine_kwargs=pool)
+    # Without SQLite's line of writers, who wait there and not for a connection.
+    return Database(url, engine_kwargs=pool, sqlite_begin="DEFERRED")
 
 
 class Hall:
