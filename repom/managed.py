@@ -337,7 +337,20 @@ def _close_cursors(session: Any) -> None:
     """Close what was not read to its end: MySQL ends nothing while rows are still coming."""
     cursors, session.repom_cursors = session.repom_cursors, []
     for result in cursors:
-        result.close()  # that of a lost connection SQLAlchemy only logs
+        if not _is_beyond_closing(result):
+            result.close()
+
+
+def _is_beyond_closing(result: Any) -> bool:
+    """Whether SQLAlchemy could do no more than log that it cannot close this."""
+    result = getattr(result, "raw", result)
+    connection = getattr(result, "connection", None)
+    if connection is None:
+        return False
+    if result.cursor is None:  # its close() was cancelled, or is done
+        return not result._soft_closed
+    # Closed under it, as by a cancelled statement. psycopg still wants its cursors closed.
+    return connection.invalidated and not connection.dialect.driver.startswith("psycopg")
 
 
 # --- other people's commits

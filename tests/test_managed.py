@@ -445,6 +445,43 @@ async def test_ordinary_result_is_no_open_cursor(sqlite: Database) -> None:
         assert rows.all() == []
 
 
+async def test_nothing_is_said_of_the_cursor_of_a_closed_connection(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A client that goes while its response is read from a cursor leaves one in each case."""
+    async with session_scope(database) as session:
+        session.add_all(Note(id=n, text=f"{n}".zfill(80)) for n in range(1, 1000))
+        await session.flush()
+        result = await session.stream(select(Note.text), execution_options={"yield_per": 5})
+        assert await result.fetchone()
+        await (await session.connection()).invalidate()  # as a cancelled fetch does
+        current_scope().rollback_only()
+    assert caplog.records == []
+    assert texts(database) == []
+    assert_nothing_open(database)
+    del result
+
+
+async def test_cursor_whose_closing_was_cancelled(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The end does not try again what SQLAlchemy can only log."""
+    async with session_scope(database) as session:
+        session.add_all(Note(id=n, text=f"{n}".zfill(80)) for n in range(1, 1000))
+        await session.flush()
+        result = await session.stream(select(Note.text), execution_options={"yield_per": 5})
+        assert await result.fetchone()
+        closing = asyncio.create_task(result.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        with suppress(asyncio.CancelledError):
+            await closing
+    assert caplog.records == []
+    assert len(texts(database)) == 999
+    assert_nothing_open(database)
+    del result
+
+
 async def test_cursor_that_cannot_be_closed_does_not_keep_the_scope_from_ending(
     mysql_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
