@@ -76,6 +76,10 @@ class _AsyncUnit:
         self._database = database
         self._owned: SessionScope | None = None
 
+    @property
+    def owns(self) -> bool:
+        return self._owned is not None
+
     async def begin(self) -> AsyncSession:
         scope = open_scope_here()
         if scope is not None:

@@ -23,8 +23,15 @@ _log = logging.getLogger("repom")
 
 
 class Work(Protocol[T_co]):
-    """One unit of work: begun once, then ended once, by `end` or by `leave`."""
+    """One unit of work: begun once, then ended once, by `end` or by `leave`.
 
+    Attributes:
+        owns: whether there is anything to end. The unit of work of an enclosing scope is not:
+            its owner ends it.
+    """
+
+    @property
+    def owns(self) -> bool: ...
     def begin(self) -> T_co: ...  # what the user gets; if it fails, nothing stays open
     def end(self, error: BaseException | None, /) -> None: ...  # commit if there is no error
     def leave(self, *, commit: bool) -> None: ...  # in place of `end`, by `__del__`: must not raise
@@ -33,6 +40,8 @@ class Work(Protocol[T_co]):
 class AsyncWork(Protocol[T_co]):
     """`Work` that awaits, except in `leave`, which can only schedule the ending."""
 
+    @property
+    def owns(self) -> bool: ...
     async def begin(self) -> T_co: ...
     async def end(self, error: BaseException | None, /) -> None: ...
     def leave(self, *, commit: bool) -> None: ...
@@ -71,7 +80,7 @@ class _Unit:
         self._loop = weakref.ref(loop) if loop else None
 
     def __del__(self) -> None:
-        if self._state is not _State.OPEN:
+        if self._state is not _State.OPEN or not self._work.owns:
             return
         commit, doubt = False, "it was begun by hand, as by `next()` or `anext()`, and not ended"
         try:
@@ -117,6 +126,7 @@ class Forms(_Unit, Generator[T, None, None]):
 
     Example:
         >>> class Counted:
+        ...     owns = True
         ...     def begin(self): return "session"
         ...     def end(self, error): print("rolled back" if error else "committed")
         ...     def leave(self, *, commit): print("committed" if commit else "rolled back")

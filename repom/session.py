@@ -55,6 +55,10 @@ class _Unit:
         self._database = database
         self._owned: SessionScope | None = None
 
+    @property
+    def owns(self) -> bool:
+        return self._owned is not None
+
     def begin(self) -> Session:
         scope = open_scope_here()
         if scope is not None:

@@ -221,6 +221,17 @@ async def test_failing_form_in_a_scope_undoes_nothing_by_itself(
     assert texts(sqlite) == ["a"]
 
 
+async def test_form_that_is_dropped_in_a_scope_has_nothing_to_end(
+    sqlite: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A cancelled request never leaves its `Depends`. Nothing is said to be rolled back that
+    was not."""
+    async with session_scope(sqlite):
+        (await anext(get_async_db_session(sqlite))).add(Note(text="a"))
+    assert texts(sqlite) == ["a"]
+    assert caplog.records == []
+
+
 async def test_session_of_the_form_is_the_current_one(sqlite: Database) -> None:
     """Code below finds it, and a nested use of the form joins it."""
     async with get_async_db_session(sqlite) as session:

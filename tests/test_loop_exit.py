@@ -62,6 +62,8 @@ class Log(list[str]):
 
 
 class SyncWork:
+    owns = True
+
     def __init__(self, log: Log) -> None:
         self.log = log
 
@@ -78,6 +80,8 @@ class SyncWork:
 
 class InstantWork:
     """Async work that never suspends: for coroutines that are driven by hand."""
+
+    owns = True
 
     def __init__(self, log: Log) -> None:
         self.sync = SyncWork(log)

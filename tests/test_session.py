@@ -167,6 +167,17 @@ async def test_form_in_a_scope_of_the_event_loop(sqlite: Database) -> None:
     assert texts(sqlite) == ["a"]
 
 
+def test_form_that_is_dropped_in_a_scope_has_nothing_to_end(
+    sqlite: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A cancelled request never leaves its `Depends`. Nothing is said to be rolled back that
+    was not."""
+    with sync_session_scope(sqlite):
+        next(get_db_session(sqlite)).add(Note(text="a"))
+    assert texts(sqlite) == ["a"]
+    assert caplog.records == []
+
+
 def test_session_of_the_form_is_the_current_one(sqlite: Database) -> None:
     with get_db_session(sqlite) as session:
         assert current_sync_session() is session
