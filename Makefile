@@ -31,6 +31,12 @@ test-cluster: $(VENV)/.test,users  ## replicas, Galera, PgBouncer: real ones, wh
 	tests/cluster/servers/install.sh
 	$(VENV)/bin/python -m pytest tests/cluster $(ARGS)
 
+REQUESTS ?= 10000
+.PHONY: soak
+soak: $(VENV)/.test,users  ## that many mixed requests (REQUESTS=) on each database; SEED= repeats
+	REPOM_SOAK_REQUESTS='$(REQUESTS)' REPOM_SOAK_SEED='$(SEED)' \
+		$(VENV)/bin/python -m pytest tests/soak/test_soak.py --capture=no $(ARGS)
+
 .PHONY: coverage
 coverage: $(VENV)/.test,users  ## the same, with the lines and branches that no test has run
 	$(VENV)/bin/python -m pytest $(WORKERS) --cov --cov-report=term-missing $(ARGS)
