@@ -14,6 +14,9 @@ from collections.abc import Awaitable, Callable
 from blacksheep import Request, Response
 
 from repom.middleware import failed_commit
+from repom.middleware.versions import refuse_old
+
+refuse_old("blacksheep")
 
 
 async def raise_failed_commit(

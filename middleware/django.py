@@ -19,6 +19,9 @@ from django.http import HttpRequest, HttpResponseBase
 from django.urls import re_path, set_urlconf
 
 from repom.middleware import failed_commit
+from repom.middleware.versions import refuse_old
+
+refuse_old("django")
 
 
 class RaiseFailedCommit:

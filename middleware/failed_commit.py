@@ -83,7 +83,9 @@ class _SecondCall:
         if self._has_body:
             self._has_body = False
             return {"type": "http.request", "body": b"", "more_body": False}
-        return await self._receive()
+        while (message := await self._receive())["type"] == "http.request":
+            continue  # what the first call has not read
+        return message
 
     async def send(self, message: Message) -> None:
         """Send an answer to the failure, and to nothing else.

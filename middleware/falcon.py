@@ -12,6 +12,9 @@ from __future__ import annotations
 from falcon.asgi import Request, Response
 
 from repom.middleware import failed_commit
+from repom.middleware.versions import refuse_old
+
+refuse_old("falcon")
 
 
 class RaiseFailedCommit:

@@ -21,6 +21,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from repom.async_session import get_async_db_session
 from repom.middleware.failed_commit import RaiseError
+from repom.middleware.versions import refuse_old
+
+refuse_old("litestar")
 
 
 async def provide_session() -> AsyncGenerator[AsyncSession, None]:

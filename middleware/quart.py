@@ -12,6 +12,9 @@ from __future__ import annotations
 from quart import request
 
 from repom.middleware import failed_commit
+from repom.middleware.versions import refuse_old
+
+refuse_old("quart")
 
 
 async def raise_failed_commit() -> None:

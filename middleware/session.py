@@ -28,6 +28,7 @@ from repom.middleware.policy import (
     Send,
     commits_on_success,
 )
+from repom.middleware.versions import refuse_old_frameworks_of
 from repom.registry import Databases, as_databases
 from repom.scope import END_TIMEOUT, SessionScope
 
@@ -136,6 +137,11 @@ class DatabaseSessionMiddleware:
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
+            refuse_old_frameworks_of(
+                scope.get("app"),  # Starlette, where this is one of its middlewares
+                self.app,
+                getattr(self.app, "__self__", None),  # Quart, of which this is `app.asgi_app`
+            )
             check(self.databases)
         except Exception as error:
             await refuse_to_start(error, receive, send)
