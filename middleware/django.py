@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from asgiref.sync import markcoroutinefunction
-from django.conf import settings
 from django.core.handlers.asgi import ASGIRequest
 from django.http import HttpRequest, HttpResponseBase
 from django.urls import re_path, set_urlconf
@@ -42,7 +41,7 @@ class RaiseFailedCommit:
 
     async def _raise_in_a_view(self, request: Any) -> HttpResponseBase:
         # `process_exception` is asked only about what a view raises.
-        request.urlconf_of_the_site = getattr(request, "urlconf", settings.ROOT_URLCONF)
+        request.urlconf_of_the_site = getattr(request, "urlconf", None)
         request.urlconf = _EVERY_PATH
         return await self.get_response(request)
 

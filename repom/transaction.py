@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+)
 from types import TracebackType
-from typing import Any, ParamSpec, TypeVar, cast
-
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 from repom import finish
 from repom.current import databases_here, open_scope_here
-from repom.database import BeginOptions, Database
+from repom.database import AsyncSessionT, BeginOptions, Database, SessionT
 from repom.deferred import raise_failure
 from repom.dialects import Begin
 from repom.errors import DurableAtomicError, ScopeError
@@ -48,15 +50,14 @@ def new_scope(
     )
 
 
-@asynccontextmanager
-async def session_scope(
-    database: str | Database | None = None,
+def session_scope(
+    database: str | Database[AsyncSessionT, Any] | None = None,
     *,
     isolation_level: str | None = None,
     inner_commits: InnerCommits = "defer",
     end_timeout: float = END_TIMEOUT,
     sqlite_begin: Begin = "IMMEDIATE",
-) -> AsyncIterator[AsyncSession]:
+) -> AbstractAsyncContextManager[AsyncSessionT]:
     """A unit of work for jobs, scripts, WebSocket messages and parallel writers.
 
     Committed when the block is left, rolled back when it raises or is cancelled, closed
@@ -80,13 +81,20 @@ async def session_scope(
         ...     async with session_scope() as session:
         ...         session.add(Article(title="Good morning"))
     """
-    scope = new_scope(
-        database,
-        isolation_level=isolation_level,
-        inner_commits=inner_commits,
-        end_timeout=end_timeout,
-        sqlite_begin=sqlite_begin,
+    return _owned(
+        lambda: new_scope(
+            database,
+            isolation_level=isolation_level,
+            inner_commits=inner_commits,
+            end_timeout=end_timeout,
+            sqlite_begin=sqlite_begin,
+        )
     )
+
+
+@asynccontextmanager
+async def _owned(make: Callable[[], SessionScope]) -> AsyncIterator[Any]:
+    scope = make()
     scope.enter()
     try:
         try:
@@ -99,28 +107,34 @@ async def session_scope(
         scope.leave()
 
 
-@contextmanager
 def sync_session_scope(
-    database: str | Database | None = None,
+    database: str | Database[Any, SessionT] | None = None,
     *,
     isolation_level: str | None = None,
     inner_commits: InnerCommits = "defer",
     sqlite_begin: Begin = "IMMEDIATE",
-) -> Iterator[Session]:
+) -> AbstractContextManager[SessionT]:
     """The sync twin of `session_scope`; inside it, use `current_sync_session()`.
 
     Args:
         database: as for `session_scope`, like the others. There is no time limit for its end:
             give the driver one in `connect_args`.
     """
-    scope = new_scope(
-        database,
-        isolation_level=isolation_level,
-        inner_commits=inner_commits,
-        sqlite_begin=sqlite_begin,
-        label="sync_session_scope()",
-        is_sync=True,
+    return _owned_sync(
+        lambda: new_scope(
+            database,
+            isolation_level=isolation_level,
+            inner_commits=inner_commits,
+            sqlite_begin=sqlite_begin,
+            label="sync_session_scope()",
+            is_sync=True,
+        )
     )
+
+
+@contextmanager
+def _owned_sync(make: Callable[[], SessionScope]) -> Iterator[Any]:
+    scope = make()
     scope.enter()
     try:
         try:
@@ -133,7 +147,7 @@ def sync_session_scope(
         scope.leave()
 
 
-class atomic:  # noqa: N801 - reads as a statement, like `contextlib.suppress`
+class atomic(Generic[AsyncSessionT, SessionT]):  # noqa: N801 - reads as a statement, like `contextlib.suppress`
     """A block that happens whole or not at all, as in Django.
 
     Inside a unit of work it is a savepoint, released when the block is left and rolled back
@@ -157,13 +171,18 @@ class atomic:  # noqa: N801 - reads as a statement, like `contextlib.suppress`
         ...         session.add(Article(**row))
     """
 
-    def __init__(self, database: str | Database | None = None, *, durable: bool = False) -> None:
+    def __init__(
+        self,
+        database: str | Database[AsyncSessionT, SessionT] | None = None,
+        *,
+        durable: bool = False,
+    ) -> None:
         self._database = database
         self._durable = durable
         self._block: Any = None
 
-    async def __aenter__(self) -> AsyncSession:
-        session: AsyncSession | None = None
+    async def __aenter__(self) -> AsyncSessionT:
+        session: Any = None
         scope = self._enclosing_scope()
         if scope is None:
             self._block = session_scope(self._database)
@@ -175,7 +194,7 @@ class atomic:  # noqa: N801 - reads as a statement, like `contextlib.suppress`
         except BaseException:
             self._block = None
             raise
-        return session or cast(AsyncSession, entered)
+        return cast(AsyncSessionT, session or entered)
 
     async def __aexit__(
         self,
@@ -186,8 +205,8 @@ class atomic:  # noqa: N801 - reads as a statement, like `contextlib.suppress`
         block, self._block = self._block, None
         await block.__aexit__(kind, error, tb)
 
-    def __enter__(self) -> Session:
-        session: Session | None = None
+    def __enter__(self) -> SessionT:
+        session: Any = None
         scope = self._enclosing_scope()
         if scope is None:
             self._block = sync_session_scope(self._database)
@@ -199,7 +218,7 @@ class atomic:  # noqa: N801 - reads as a statement, like `contextlib.suppress`
         except BaseException:
             self._block = None
             raise
-        return session or cast(Session, entered)
+        return cast(SessionT, session or entered)
 
     def __exit__(
         self,
