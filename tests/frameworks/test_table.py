@@ -200,8 +200,8 @@ async def test_streaming_to_a_client_that_goes_away(
 def test_table_of_the_docs_is_the_one_that_is_tested(page: str) -> None:
     """A row of the guide, in either language, is one of `TABLE`, word for word."""
     lines = (DOCS / page).read_text("utf-8").splitlines()
-    rows = [line for line in lines if line.startswith(tuple(f"| {row.name} |" for row in TABLE))]
-    assert rows == [str(row) for row in TABLE], "\n" + "\n".join(map(str, TABLE))
+    rows = [line for line in lines if line.count(" | ") == len(COLUMNS)]
+    assert rows[1:] == [str(row) for row in TABLE], "\n" + "\n".join(map(str, TABLE))
 
 
 def test_every_column_has_its_test() -> None:
