@@ -5,6 +5,7 @@ means. What is special to one framework is in the file of its name in tests/inte
 """
 
 import http.client
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from tests.support.polling import block_until, until
 from tests.support.reader import connections
 from tests.support.sockets import serve
 
+APPS = Path(__file__).parent / "apps"
 DOCS = Path(__file__).parents[2] / "docs"
 
 every_framework = pytest.mark.parametrize("framework", TABLE, ids=lambda each: each.module)
@@ -202,6 +204,14 @@ def test_table_of_the_docs_is_the_one_that_is_tested(page: str) -> None:
     lines = (DOCS / page).read_text("utf-8").splitlines()
     rows = [line for line in lines if line.count(" | ") == len(COLUMNS)]
     assert rows[1:] == [str(row) for row in TABLE], "\n" + "\n".join(map(str, TABLE))
+
+
+@every_framework
+def test_cells_say_what_the_application_does(framework: Framework) -> None:
+    """Each name in a cell is used by the application that the tests of the columns run."""
+    code = (APPS / f"{framework.module}.py").read_text() + (APPS / "../work.py").read_text()
+    names = re.findall(r"`(.+?)`", str(framework))
+    assert [name for name in names if name.removesuffix(")") not in code] == []
 
 
 def test_every_column_has_its_test() -> None:

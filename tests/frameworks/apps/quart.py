@@ -106,8 +106,8 @@ def make(database: Database) -> Quart:
     ):
         app.post(f"/{endpoint.__name__.replace('_', '-')}")(endpoint)
     app.websocket("/ws")(websocket)
-    app.register_error_handler(work.Refused, unprocessable)
-    app.register_error_handler(IntegrityError, conflict)
+    app.errorhandler(work.Refused)(unprocessable)
+    app.errorhandler(IntegrityError)(conflict)
     app.before_request(raise_failed_commit)
     app.asgi_app = DatabaseSessionMiddleware(app.asgi_app, database)  # type: ignore[method-assign]
     return app

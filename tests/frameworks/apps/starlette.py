@@ -4,7 +4,6 @@ from sqlalchemy.exc import IntegrityError
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route, WebSocketRoute
@@ -102,7 +101,7 @@ def make(database: Database) -> Starlette:
         *(created, returned, raised, handled, crash, refused, doomed, sync, sync_refused),
         *(background, stream, stream_broken, stream_refused, export),
     ]
-    return Starlette(
+    app = Starlette(
         routes=[
             *(
                 Route(f"/{endpoint.__name__.replace('_', '-')}", endpoint, methods=["POST"])
@@ -110,6 +109,7 @@ def make(database: Database) -> Starlette:
             ),
             WebSocketRoute("/ws", websocket),
         ],
-        middleware=[Middleware(DatabaseSessionMiddleware, database)],
         exception_handlers={work.Refused: unprocessable, IntegrityError: conflict},
     )
+    app.add_middleware(DatabaseSessionMiddleware, database)
+    return app
