@@ -44,11 +44,11 @@ async def answer(
         Exception: what COMMIT raised, if the application has no handler for it; what the
             handler, or sending its response, raised.
     """
-    for key, module in _PUBLISHED.items():
-        if key in asgi_scope:
-            await import_module(module).answer(raise_error, asgi_scope, receive, send)
-            return
-    if _KEY in asgi_scope:
+    published = [key for key in asgi_scope if key in _PUBLISHED]
+    if published:
+        module = import_module(_PUBLISHED[published[-1]])  # of the innermost application
+        await module.answer(raise_error, asgi_scope, receive, send)
+    elif _KEY in asgi_scope:
         await _call_again(raise_error, app, asgi_scope, receive, send)
 
 

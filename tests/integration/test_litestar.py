@@ -6,7 +6,7 @@ What it shares with other frameworks is in tests/frameworks/test_table.py.
 from typing import Any
 
 import pytest
-from litestar import Litestar, Request, Response, Router, post
+from litestar import Litestar, Request, Response, Router, asgi, post
 from litestar.di import NamedDependency, Provide
 from litestar.exceptions import ClientException, NotFoundException
 from litestar.middleware import DefineMiddleware
@@ -14,6 +14,9 @@ from litestar.types import Scope
 from sqlalchemy import event, insert
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Mount, Route
 
 from repom import Database, current_session
 from repom.middleware import DatabaseSessionMiddleware
@@ -163,6 +166,32 @@ async def test_handler_that_would_lie(deferring: Database) -> None:
     response = await request(app, "POST")
     assert response.sent == []
     assert response.exception is not None
+
+
+@pytest.mark.parametrize("outer", ["starlette", "litestar"])
+async def test_handlers_of_the_inner_application_count(sqlite_url: str, outer: str) -> None:
+    """Whichever framework is mounted in the other, as for what its own code raises."""
+
+    async def teapot(request: Any, error: Exception) -> Any:
+        return PlainTextResponse("", 418)
+
+    async with notes_database(sqlite_url) as database:
+        ours: dict[str, Any] = {"exception_handlers": {IntegrityError: conflict}}
+        theirs: dict[str, Any] = {"exception_handlers": {IntegrityError: teapot}}
+        if outer == "starlette":
+            inner: Any = Litestar([create_orphan], openapi_config=None, **ours)
+            app: Any = Starlette(routes=[Mount("/inner", inner)], **theirs)
+        else:
+            inner = Starlette(routes=[Route("/", orphan_of_starlette, methods=["POST"])], **theirs)
+            mounted = asgi("/inner", is_mount=True, copy_scope=False)(inner)
+            app = Litestar([mounted], openapi_config=None, **ours)
+        response = await request(DatabaseSessionMiddleware(app, database), "POST", "/inner/")
+    assert response.status == (409 if outer == "starlette" else 418)
+
+
+async def orphan_of_starlette(request: Any) -> Any:
+    await write("a", parent=NOWHERE)
+    return PlainTextResponse("", 201)
 
 
 # --- around the whole application
