@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
 from enum import Enum
 from typing import NoReturn
 
@@ -15,22 +14,22 @@ import anyio
 
 from repom import finish
 from repom.errors import CommitOutcomeUnknown, ScopeClosedError, ScopeError
+from repom.middleware import failed_commit
 from repom.middleware.policy import (
     BEFORE_RESPONSE,
+    ASGIApp,
     CommitOn,
     Headers,
     Message,
+    Receive,
     Scope,
+    Send,
     body_bytes,
     completes_body,
     content_length,
     has_no_body,
 )
 from repom.scope import SessionScope
-
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 logger = logging.getLogger("repom.middleware")
 
@@ -98,7 +97,7 @@ class Exchange:
                 # ("response already started"). The failure itself counts.
                 logger.debug("%s left the app after its COMMIT had failed", type(error).__name__)
             if self._failure is not None:
-                await self._render_failure(receive)
+                await self._answer_failure(app, receive)
         except BaseException:
             self._progress = Progress.OVER
             await finish.finish(unit, commit=False)
@@ -237,20 +236,16 @@ class Exchange:
             return bool(message["status"] >= 400)
         return message["type"] in BEFORE_RESPONSE
 
-    async def _render_failure(self, receive: Receive) -> None:
-        """Give the failure to the app's own exception handler, or raise it."""
-        if (
-            self._progress is Progress.NOTHING
-            and "starlette.exception_handlers" in self._asgi_scope
-        ):
-            from repom.middleware.starlette import handle
-
-            # Not yet answered: `send` still refuses everything but an error status.
-            await handle(self._raise_failure, self._asgi_scope, receive, self.send)
+    async def _answer_failure(self, app: ASGIApp, receive: Receive) -> None:
+        """Let the app's own error handling answer for the failure, or raise it."""
+        if self._progress is Progress.NOTHING:
+            # `send` still refuses everything but an error status.
+            await failed_commit.answer(
+                self._raise_failure, app, self._asgi_scope, receive, self.send
+            )
         if self._failure is not None:
             raise self._failure
 
-    async def _raise_failure(self, asgi_scope: Scope, receive: Receive, send: Send) -> NoReturn:
-        """As an ASGI app: raise what COMMIT raised."""
+    def _raise_failure(self) -> NoReturn:
         assert self._failure is not None
         raise self._failure

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from repom.middleware.exchange import ASGIApp, Receive, Send
-from repom.middleware.policy import Message, Scope
+from repom.middleware.policy import ASGIApp, Message, Receive, Scope, Send
 from repom.registry import DEFAULT, Databases, configured_so_far
 
 logger = logging.getLogger("repom.middleware")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 from urllib.parse import quote
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+#: As frameworks see it: each has types of its own for the three, and none takes another's.
+AnyASGIApp = Callable[[Any, Any, Any], Awaitable[Any]]
 Headers = Collection[tuple[bytes, bytes]]
 
 CommitOn = Callable[[int, Scope], bool]

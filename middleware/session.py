@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from typing import get_args
+from typing import Any, get_args
 
 from sqlalchemy import URL
 
@@ -15,15 +15,20 @@ from repom.current import Outside
 from repom.database import BeginOptions, Database
 from repom.errors import ConfigurationError
 from repom.managed import InnerCommits
-from repom.middleware.exchange import ASGIApp, Exchange, Receive, Send
+from repom.middleware.exchange import Exchange
 from repom.middleware.lifespan import check, refuse_to_start, run_lifespan
 from repom.middleware.policy import (
     SAFE_METHODS,
+    AnyASGIApp,
+    ASGIApp,
     CommitOn,
     Label,
+    Receive,
     Scope,
+    Send,
     commits_on_success,
 )
+from repom.middleware.versions import refuse_old_frameworks_of
 from repom.registry import Databases, as_databases
 from repom.scope import END_TIMEOUT, SessionScope
 
@@ -63,7 +68,7 @@ class DatabaseSessionMiddleware:
 
     def __init__(
         self,
-        app: ASGIApp,
+        app: AnyASGIApp,
         database: Database
         | str
         | URL
@@ -78,7 +83,7 @@ class DatabaseSessionMiddleware:
             raise ValueError(
                 f"inner_commits={inner_commits!r}: write one of {', '.join(get_args(InnerCommits))}"
             )
-        self.app = app
+        self.app: ASGIApp = app
         self.commit_on = commit_on
         self.inner_commits: InnerCommits = inner_commits
         self.end_timeout = end_timeout
@@ -96,7 +101,8 @@ class DatabaseSessionMiddleware:
         """
         return as_databases(self._given)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    # `Any` for the sake of the frameworks' own types; see `AnyASGIApp`.
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         kind = scope["type"]
         if kind == "lifespan":
             await self._live(scope, receive, send)
@@ -131,6 +137,11 @@ class DatabaseSessionMiddleware:
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
+            refuse_old_frameworks_of(
+                scope.get("app"),  # Starlette, where this is one of its middlewares
+                self.app,
+                getattr(self.app, "__self__", None),  # Quart, of which this is `app.asgi_app`
+            )
             check(self.databases)
         except Exception as error:
             await refuse_to_start(error, receive, send)

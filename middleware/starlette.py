@@ -6,32 +6,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import NoReturn
 
 from starlette.middleware.exceptions import ExceptionMiddleware
 
-from repom.middleware.policy import Message, Scope
+from repom.middleware.failed_commit import RaiseError
+from repom.middleware.policy import Receive, Scope, Send
 
 
-async def handle(
-    failing_app: Callable[..., Awaitable[Any]],
-    asgi_scope: Scope,
-    receive: Callable[[], Awaitable[Message]],
-    send: Callable[[Message], Awaitable[None]],
-) -> None:
-    """Let the handler registered for what `failing_app` raises answer.
+async def answer(raise_error: RaiseError, asgi_scope: Scope, receive: Receive, send: Send) -> None:
+    """See `repom.middleware.failed_commit.answer`."""
 
-    Args:
-        failing_app: an ASGI app that raises what COMMIT raised.
-        asgi_scope: the request, with the handlers in it.
-        receive: of the request.
-        send: refuses a response that would not tell of an error.
+    async def failing_app(asgi_scope: Scope, receive: Receive, send: Send) -> NoReturn:
+        raise_error()
 
-    Raises:
-        Exception: what `failing_app` raised, if no handler is registered for it; what the
-            handler, or sending its response, raised.
-    """
     for_errors, for_statuses = asgi_scope["starlette.exception_handlers"]
     # Starlette's own way to find and to call a handler.
     handling = ExceptionMiddleware(failing_app, handlers={**for_errors, **for_statuses})

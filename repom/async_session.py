@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from repom import deferred, finish
 from repom.context import surroundings
 from repom.current import Outside, databases_here, open_scope_here
-from repom.database import Database
+from repom.database import AsyncSessionT, Database
 from repom.forms import AsyncForms, as_async_generator_function
 from repom.registry import DEFAULT
 from repom.scope import SessionScope
@@ -26,7 +27,9 @@ __all__ = ["convert_to_async_uri", "get_async_db_session", "get_async_session"]
 logger = logging.getLogger("repom")
 
 
-async def get_async_session(database: str | Database | None = None) -> AsyncSession:
+async def get_async_session(
+    database: str | Database[AsyncSessionT, Any] | None = None,
+) -> AsyncSessionT:
     """A new `AsyncSession`, ready to execute. The caller commits and closes it.
 
     It is separate from the session of a request, inside one too.
@@ -44,11 +47,13 @@ async def get_async_session(database: str | Database | None = None) -> AsyncSess
     """
     deferred.raise_failure()
     await deferred.settled()
-    return databases_here()[database].sessionmaker()
+    return databases_here()[database].sessionmaker()  # type: ignore[return-value]
 
 
 @as_async_generator_function
-def get_async_db_session(database: str | Database | None = None) -> AsyncForms[AsyncSession]:
+def get_async_db_session(
+    database: str | Database[AsyncSessionT, Any] | None = None,
+) -> AsyncForms[AsyncSessionT]:
     """The session of the unit of work this code runs in; without one, a unit of its own.
 
     Inside a request that the middleware serves, or a `session_scope()`, it leaves the ending
@@ -66,7 +71,7 @@ def get_async_db_session(database: str | Database | None = None) -> AsyncForms[A
     Args:
         database: a name, or the `Database`; the default one if left out.
     """
-    return AsyncForms(lambda: _AsyncUnit(database))
+    return AsyncForms(lambda: _AsyncUnit(database))  # type: ignore[arg-type,return-value]
 
 
 class _AsyncUnit:

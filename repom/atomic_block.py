@@ -6,14 +6,11 @@ import functools
 import inspect
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, ParamSpec, TypeVar, cast
-
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 from repom.conflicts import is_conflict
 from repom.current import open_scope_here
-from repom.database import Database
+from repom.database import AsyncSessionT, Database, SessionT
 from repom.errors import DurableAtomicError, ScopeError
 from repom.registry import DEFAULT
 from repom.retry import RetryOn
@@ -29,7 +26,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class atomic:  # noqa: N801 - reads as a statement, like `contextlib.suppress`
+class atomic(Generic[AsyncSessionT, SessionT]):  # noqa: N801 - reads as a statement, like `suppress`
     """A block that happens whole or not at all, as in Django.
 
     Inside a unit of work it is a savepoint, released when the block is left and rolled back
@@ -60,7 +57,7 @@ class atomic:  # noqa: N801 - reads as a statement, like `contextlib.suppress`
 
     def __init__(
         self,
-        database: str | Database | None = None,
+        database: str | Database[AsyncSessionT, SessionT] | None = None,
         *,
         durable: bool = False,
         retries: int = 0,
@@ -72,8 +69,8 @@ class atomic:  # noqa: N801 - reads as a statement, like `contextlib.suppress`
         self._retry_on = retry_on
         self._block: Any = None
 
-    async def __aenter__(self) -> AsyncSession:
-        session: AsyncSession | None = None
+    async def __aenter__(self) -> AsyncSessionT:
+        session: Any = None
         scope = self._enclosing_scope()
         if scope is None:
             self._block = session_scope(self._database)
@@ -85,7 +82,7 @@ class atomic:  # noqa: N801 - reads as a statement, like `contextlib.suppress`
         except BaseException:
             self._block = None
             raise
-        return session or cast(AsyncSession, entered)
+        return cast(AsyncSessionT, session or entered)
 
     async def __aexit__(
         self,
@@ -96,8 +93,8 @@ class atomic:  # noqa: N801 - reads as a statement, like `contextlib.suppress`
         block, self._block = self._block, None
         await block.__aexit__(kind, error, tb)
 
-    def __enter__(self) -> Session:
-        session: Session | None = None
+    def __enter__(self) -> SessionT:
+        session: Any = None
         scope = self._enclosing_scope()
         if scope is None:
             self._block = sync_session_scope(self._database)
@@ -109,7 +106,7 @@ class atomic:  # noqa: N801 - reads as a statement, like `contextlib.suppress`
         except BaseException:
             self._block = None
             raise
-        return session or cast(Session, entered)
+        return cast(SessionT, session or entered)
 
     def __exit__(
         self,

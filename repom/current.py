@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, overload
+
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from repom.callbacks import Callback
 from repom.context import Surroundings, surroundings
-from repom.database import Database
+from repom.database import AsyncSessionT, Database, SessionT
 from repom.deferred import raise_failure
 from repom.errors import NoScopeError
 from repom.gate import scope_closed
@@ -33,6 +35,10 @@ class Outside:
         self.advice = advice
 
 
+@overload
+def current_session(database: str = DEFAULT) -> AsyncSession: ...
+@overload
+def current_session(database: Database[AsyncSessionT, Any]) -> AsyncSessionT: ...
 def current_session(database: str | Database = DEFAULT) -> AsyncSession:
     """The `AsyncSession` of the unit of work this code runs in. No IO, nothing to await.
 
@@ -56,6 +62,10 @@ def current_session(database: str | Database = DEFAULT) -> AsyncSession:
     raise no_scope("current_session", here)
 
 
+@overload
+def current_sync_session(database: str = DEFAULT) -> Session: ...
+@overload
+def current_sync_session(database: Database[Any, SessionT]) -> SessionT: ...
 def current_sync_session(database: str | Database = DEFAULT) -> Session:
     """The `Session` of the unit of work this code runs in: for `def` endpoints and threads.
 

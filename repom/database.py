@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 from sqlalchemy import URL, Engine, MetaData, create_engine, orm
 from sqlalchemy.ext.asyncio import (
@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import (
     create_async_engine,
 )
 from sqlalchemy.orm import Session
+from typing_extensions import TypeVar
 
 from repom.config import RepomConfig, get_config
 from repom.dialects import Begin, Support, support_for
@@ -27,6 +28,11 @@ from repom.loops import LoopEngines, close_returned
 from repom.urls import parse_url, require_driver, safe, to_async, to_sync
 
 logger = logging.getLogger("repom")
+
+#: The classes of a database's sessions. A `Database` without them is one of SQLAlchemy's own.
+AsyncSessionT = TypeVar("AsyncSessionT", bound=AsyncSession, covariant=True, default=AsyncSession)
+SessionT = TypeVar("SessionT", bound=Session, covariant=True, default=Session)
+_AS = TypeVar("_AS", bound=AsyncSession)
 
 #: Laid under every `session_kwargs`.
 SESSION_DEFAULTS: Mapping[str, Any] = {
@@ -47,7 +53,7 @@ class BeginOptions(NamedTuple):
     isolation_level: str | None = None
 
 
-class Database:
+class Database(Generic[AsyncSessionT, SessionT]):
     """One logical database. Makes engines when they are first used, one for each event loop.
 
     Args:
@@ -79,8 +85,8 @@ class Database:
         *,
         engine_kwargs: Mapping[str, Any] | None = None,
         session_kwargs: Mapping[str, Any] | None = None,
-        session_class: type[AsyncSession] = AsyncSession,
-        sync_session_class: type[Session] = Session,
+        session_class: type[AsyncSessionT] = AsyncSession,  # type: ignore[assignment]
+        sync_session_class: type[SessionT] = Session,  # type: ignore[assignment]
         sqlite_begin: Begin | None = None,
         pgbouncer: bool = False,
     ) -> None:
@@ -102,7 +108,7 @@ class Database:
         self._mutex = threading.RLock()
 
     @classmethod
-    def from_config(cls, config: RepomConfig | None = None) -> Database:
+    def from_config(cls: type[Database], config: RepomConfig | None = None) -> Database:
         """The default database of `config`, or of the configuration of this process.
 
         Raises:
@@ -166,7 +172,7 @@ class Database:
     # --- sessions
 
     @cached_property
-    def sessionmaker(self) -> LoopSessionmaker:
+    def sessionmaker(self) -> LoopSessionmaker[AsyncSessionT]:
         """Makes plain `AsyncSession`s; usable at import, since it finds the engine at each call.
 
         Whoever calls it commits and closes. Inside a request, use `current_session()`.
@@ -174,7 +180,7 @@ class Database:
         return LoopSessionmaker(self)
 
     @cached_property
-    def sync_sessionmaker(self) -> orm.sessionmaker[Session]:
+    def sync_sessionmaker(self) -> orm.sessionmaker[SessionT]:
         """Makes plain `Session`s. Whoever calls it commits and closes."""
         return orm.sessionmaker(self.engine, class_=self.sync_session_class, **self.session_kwargs)
 
@@ -303,14 +309,14 @@ class Database:
         return kwargs
 
 
-class LoopSessionmaker(async_sessionmaker[AsyncSession]):
+class LoopSessionmaker(async_sessionmaker[_AS]):
     """An `async_sessionmaker` that finds the running loop's engine at each call."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database[_AS, Any]) -> None:
         super().__init__(class_=database.session_class, **database.session_kwargs)
         self._database = database
 
-    def __call__(self, **local_kw: Any) -> AsyncSession:
+    def __call__(self, **local_kw: Any) -> _AS:
         """A new `AsyncSession`; `local_kw` as for `async_sessionmaker`."""
         if local_kw.get("bind") is None and self.kw.get("bind") is None:
             local_kw["bind"] = self._database.async_engine

@@ -10,14 +10,14 @@ import logging
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from repom.errors import ScopeError
 from repom.loop_exit import Witness
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
-P = ParamSpec("P")
+F = TypeVar("F", bound=Callable[..., Any])
 
 _log = logging.getLogger("repom")
 
@@ -261,7 +261,7 @@ class AsyncForms(_Unit, AsyncGenerator[T, None]):
 # --- being seen as a generator function -----------------------------------------------------
 
 
-def as_generator_function(function: Callable[P, Forms[T]]) -> Callable[P, Forms[T]]:
+def as_generator_function(function: F) -> F:
     """Show FastAPI a generator function: it unwraps a callable to see what that is.
 
     For `Depends` the function then has no parameters, so a request cannot set them; callers keep
@@ -271,7 +271,7 @@ def as_generator_function(function: Callable[P, Forms[T]]) -> Callable[P, Forms[
     return function
 
 
-def as_async_generator_function(function: Callable[P, AsyncForms[T]]) -> Callable[P, AsyncForms[T]]:
+def as_async_generator_function(function: F) -> F:
     """`as_generator_function` for a function that returns `AsyncForms`."""
     function.__wrapped__ = _async_generator  # type: ignore[attr-defined]
     return function

@@ -6,11 +6,13 @@ with get_db_session() as session:
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy.orm import Session
 
 from repom import deferred, finish
 from repom.current import databases_here, open_scope_here
-from repom.database import Database
+from repom.database import Database, SessionT
 from repom.forms import Forms, as_generator_function
 from repom.registry import DEFAULT
 from repom.scope import SessionScope
@@ -19,18 +21,20 @@ from repom.transaction import new_scope
 __all__ = ["get_db_session", "get_db_transaction", "get_session"]
 
 
-def get_session(database: str | Database | None = None) -> Session:
+def get_session(database: str | Database[Any, SessionT] | None = None) -> SessionT:
     """A new `Session`, ready to execute. The caller commits and closes it.
 
     Args:
         database: a name, or the `Database`; the default one if left out.
     """
     deferred.raise_failure()
-    return databases_here()[database].sync_sessionmaker()
+    return databases_here()[database].sync_sessionmaker()  # type: ignore[return-value]
 
 
 @as_generator_function
-def get_db_session(database: str | Database | None = None) -> Forms[Session]:
+def get_db_session(
+    database: str | Database[Any, SessionT] | None = None,
+) -> Forms[SessionT]:
     """The sync session of the unit of work this code runs in; without one, a unit of its own.
 
     The sync twin of `repom.async_session.get_async_db_session`, in `with`, `for` and
@@ -39,11 +43,13 @@ def get_db_session(database: str | Database | None = None) -> Forms[Session]:
     Args:
         database: a name, or the `Database`; the default one if left out.
     """
-    return Forms(lambda: _Unit(database))
+    return Forms(lambda: _Unit(database))  # type: ignore[arg-type,return-value]
 
 
 @as_generator_function
-def get_db_transaction(database: str | Database | None = None) -> Forms[Session]:
+def get_db_transaction(
+    database: str | Database[Any, SessionT] | None = None,
+) -> Forms[SessionT]:
     """`get_db_session` under the name that says what it is: every use is one transaction."""
     return get_db_session(database)
 

@@ -12,15 +12,12 @@ from contextlib import (
     asynccontextmanager,
     contextmanager,
 )
-from typing import TypeVar
-
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from typing import Any, TypeVar
 
 from repom import finish
 from repom.conflicts import is_conflict
 from repom.current import databases_here
-from repom.database import BeginOptions, Database
+from repom.database import AsyncSessionT, BeginOptions, Database, SessionT
 from repom.deferred import raise_failure
 from repom.dialects import Begin
 from repom.managed import InnerCommits
@@ -55,13 +52,13 @@ def new_scope(
 
 
 def session_scope(
-    database: str | Database | None = None,
+    database: str | Database[AsyncSessionT, Any] | None = None,
     *,
     isolation_level: str | None = None,
     inner_commits: InnerCommits = "defer",
     end_timeout: float = END_TIMEOUT,
     sqlite_begin: Begin = "IMMEDIATE",
-) -> AbstractAsyncContextManager[AsyncSession]:
+) -> AbstractAsyncContextManager[AsyncSessionT]:
     """A unit of work for jobs, scripts, WebSocket messages and parallel writers.
 
     Committed when the block is left, rolled back when it raises or is cancelled, closed
@@ -98,7 +95,7 @@ def session_scope(
 
 
 @asynccontextmanager
-async def _inside(make: Callable[[], SessionScope]) -> AsyncIterator[AsyncSession]:
+async def _inside(make: Callable[[], SessionScope]) -> AsyncIterator[Any]:
     scope = make()
     scope.enter()
     try:
@@ -113,12 +110,12 @@ async def _inside(make: Callable[[], SessionScope]) -> AsyncIterator[AsyncSessio
 
 
 def sync_session_scope(
-    database: str | Database | None = None,
+    database: str | Database[Any, SessionT] | None = None,
     *,
     isolation_level: str | None = None,
     inner_commits: InnerCommits = "defer",
     sqlite_begin: Begin = "IMMEDIATE",
-) -> AbstractContextManager[Session]:
+) -> AbstractContextManager[SessionT]:
     """The sync twin of `session_scope`; inside it, use `current_sync_session()`.
 
     Args:
@@ -139,7 +136,7 @@ def sync_session_scope(
 
 
 @contextmanager
-def _inside_sync(make: Callable[[], SessionScope]) -> Iterator[Session]:
+def _inside_sync(make: Callable[[], SessionScope]) -> Iterator[Any]:
     scope = make()
     scope.enter()
     try:

@@ -264,7 +264,7 @@ async def test_the_sessionmaker_can_be_made_at_import(database_url: str) -> None
     maker = await asyncio.to_thread(lambda: database.sessionmaker)  # where no loop runs
     await database.create_all(Base.metadata)
     async with maker() as session:
-        assert await session.mine() == "mine"  # type: ignore[attr-defined]
+        assert await session.mine() == "mine"
         item = Item()
         session.add(item)
         await session.commit()

@@ -74,8 +74,8 @@ def test_core_imports_no_framework_and_no_driver(tmp_path: Path) -> None:
     """A face of a framework, or a driver, is imported only when it is used."""
     script = (
         "import sys, repom, repom.middleware, repom.async_session, repom.session, repom.models\n"
-        "extra = {'starlette', 'fastapi', 'litestar', 'asyncpg', 'psycopg', 'aiomysql',"
-        " 'pymysql', 'aiosqlite', 'pytest'}\n"
+        "extra = {'starlette', 'fastapi', 'litestar', 'quart', 'falcon', 'django', 'blacksheep',"
+        " 'sanic', 'asyncpg', 'psycopg', 'aiomysql', 'pymysql', 'aiosqlite', 'pytest'}\n"
         "assert not extra & set(sys.modules), extra & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
@@ -87,4 +87,4 @@ def test_core_dependencies_stay_few() -> None:
         dependency.split(">")[0].split("[")[0]
         for dependency in PYPROJECT["project"]["dependencies"]
     }
-    assert names == {"sqlalchemy", "anyio", "asgiref", "python-dotenv"}
+    assert names == {"sqlalchemy", "anyio", "asgiref", "python-dotenv", "typing-extensions"}

@@ -19,24 +19,24 @@ from tests.support.sockets import Process, free_port, serve_process
 
 APP = "tests.integration.served:app"
 
-SERVERS: dict[str, Callable[[int], list[str]]] = {
-    "uvicorn-h11-asyncio": lambda port: [
-        *("uvicorn", APP, "--port", str(port)),
+SERVERS: dict[str, Callable[[str, int], list[str]]] = {
+    "uvicorn-h11-asyncio": lambda app, port: [
+        *("uvicorn", app, "--port", str(port)),
         *("--http", "h11", "--loop", "asyncio"),
     ],
-    "uvicorn-httptools-uvloop": lambda port: [
-        *("uvicorn", APP, "--port", str(port)),
+    "uvicorn-httptools-uvloop": lambda app, port: [
+        *("uvicorn", app, "--port", str(port)),
         *("--http", "httptools", "--loop", "uvloop"),
     ],
-    "hypercorn-asyncio": lambda port: ["hypercorn", APP, "--bind", f"127.0.0.1:{port}"],
-    "hypercorn-uvloop": lambda port: [
-        *("hypercorn", APP, "--bind", f"127.0.0.1:{port}", "--worker-class", "uvloop"),
+    "hypercorn-asyncio": lambda app, port: ["hypercorn", app, "--bind", f"127.0.0.1:{port}"],
+    "hypercorn-uvloop": lambda app, port: [
+        *("hypercorn", app, "--bind", f"127.0.0.1:{port}", "--worker-class", "uvloop"),
     ],
-    "granian": lambda port: [
-        *("granian", APP, "--interface", "asgi", "--host", "127.0.0.1", "--port", str(port)),
+    "granian": lambda app, port: [
+        *("granian", app, "--interface", "asgi", "--host", "127.0.0.1", "--port", str(port)),
     ],
-    "daphne": lambda port: [
-        *("daphne", "--port", str(port), "--application-close-timeout", "1", APP),
+    "daphne": lambda app, port: [
+        *("daphne", "--port", str(port), "--application-close-timeout", "1", app),
     ],
 }
 
@@ -48,7 +48,7 @@ COMPLAINTS = re.compile(r"\w*Warning\b|was never|unclosed|was destroyed|were ter
 
 
 @contextmanager
-def serving(name: str, database_url: str) -> Iterator[tuple[str, Process]]:
+def serving(name: str, database_url: str, app: str = APP) -> Iterator[tuple[str, Process]]:
     """The app at `database_url`, served; its base URL and its process."""
     create_notes(database_url)
     port = free_port()
@@ -58,7 +58,7 @@ def serving(name: str, database_url: str) -> Iterator[tuple[str, Process]]:
         "PYTHONDEVMODE": "1",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
-    args = ["-m", *SERVERS[name](port)]
+    args = ["-m", *SERVERS[name](app, port)]
     with serve_process(args, env, ready_url=f"{base_url}/x") as process:
         yield base_url, process
 
@@ -92,6 +92,30 @@ def test_server(name: str, postgres_url: str) -> None:
     if name not in WITHOUT_LIFESPAN:
         assert "connections left: 0" in output
     assert not COMPLAINTS.search(output), output
+
+
+@pytest.mark.parametrize(
+    ("framework", "name"),
+    [
+        ("litestar", "uvicorn-h11-asyncio"),
+        ("litestar", "granian"),
+        ("django", "uvicorn-httptools-uvloop"),
+        ("django", "hypercorn-asyncio"),
+    ],
+)
+def test_application_that_is_not_told_of_the_end(
+    framework: str, name: str, postgres_url: str
+) -> None:
+    """Where the middleware gets no lifespan, the end of the event loop closes the connections,
+    and nobody complains."""
+    app = f"tests.integration.served_unaware:{framework}"
+    with serving(name, postgres_url, app) as (base_url, process):
+        with client_of(base_url) as client:
+            assert post(client, "/raised") == 403
+            assert post(client, "/created") == 201
+        assert notes(postgres_url) == ["a"]
+    block_until(lambda: not connections(postgres_url))
+    assert not COMPLAINTS.search(process.output()), process.output()
 
 
 def test_http2(postgres_url: str) -> None:
