@@ -9,7 +9,7 @@ from __future__ import annotations
 from sqlalchemy.orm import Session
 
 from repom import deferred, finish
-from repom.current import databases_here, open_scope_here
+from repom.current import databases_here, open_scope_here, warn_of_held_session
 from repom.database import Database
 from repom.forms import Forms, as_generator_function
 from repom.registry import DEFAULT
@@ -39,7 +39,9 @@ def get_db_session(database: str | Database | None = None) -> Forms[Session]:
     Args:
         database: a name, or the `Database`; the default one if left out.
     """
-    return Forms(lambda: _Unit(database))
+    return Forms(
+        lambda: _Unit(database), when_driven=lambda: warn_of_held_session("get_db_session")
+    )
 
 
 @as_generator_function
