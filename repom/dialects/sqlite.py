@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -162,7 +163,11 @@ class SQLite(Support):
         return DatabaseFileError(_cannot_open(self.path, error))
 
     def abandon(self, driver_connection: Any) -> None:
-        driver_connection.stop()
+        # In a thread without an event loop: the one that runs here would be told of the end,
+        # which nobody awaits and before which that loop may be closed.
+        stopping = threading.Thread(target=driver_connection.stop, name="repom stops aiosqlite")
+        stopping.start()
+        stopping.join()
 
     def install(self, engine: Engine) -> None:
         super().install(engine)
