@@ -668,8 +668,9 @@ async def test_scope_for_each_message_beside_a_held_session(
             else:
                 assert await ask(client, "b") == "b"
                 assert notes(database_url) == ["a", "b"]
-        await until(lambda: "held" in notes(database_url))
+        await until(lambda: served.in_use == 0)
         served.assert_nothing_open()
+        assert "held" in notes(database_url)
 
 
 async def test_joining_form_beside_a_held_session(database: Database, database_url: str) -> None:
