@@ -233,7 +233,9 @@ async def test_tasks_of_a_response_that_could_not_be_committed(
 
 
 @EACH_WAY
-async def test_tasks_that_cannot_be_committed(deferring_url: str, way: Way, caplog: Any) -> None:
+async def test_tasks_that_cannot_be_committed(
+    deferring_url: str, way: Way, caplog: pytest.LogCaptureFixture
+) -> None:
     """The response stays, the failure is logged with the route."""
 
     async def refused() -> None:
@@ -250,7 +252,7 @@ async def test_tasks_that_cannot_be_committed(deferring_url: str, way: Way, capl
 
 @EACH_WAY
 async def test_tasks_after_an_error_response(
-    database: Database, database_url: str, way: Way, caplog: Any
+    database: Database, database_url: str, way: Way, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What they begin is rolled back, and a warning tells to write `session_scope()`, with which
     it stays."""
@@ -274,7 +276,7 @@ async def test_tasks_after_an_error_response(
 
 @pytest.mark.parametrize("status", [201, 404])
 async def test_task_that_begins_nothing_is_not_warned_of(
-    database: Database, status: int, caplog: Any
+    database: Database, status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A mail, or a transaction of its own, after whatever response."""
 
@@ -325,7 +327,9 @@ async def test_deliberate_commit_between_tasks(database: Database, database_url:
     assert notes(database_url) == ["a", "first"]
 
 
-async def test_task_that_is_a_dry_run(database: Database, database_url: str, caplog: Any) -> None:
+async def test_task_that_is_a_dry_run(
+    database: Database, database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """`rollback_only()` is for the transaction of the tasks, and is told of at INFO."""
     caplog.set_level(logging.INFO, logger="repom.middleware")
 
@@ -361,7 +365,9 @@ async def test_callbacks_of_tasks(database: Database, database_url: str) -> None
 
 
 @pytest.mark.parametrize("status", [201, 404])
-async def test_sync_tasks(database: Database, database_url: str, status: int, caplog: Any) -> None:
+async def test_sync_tasks(
+    database: Database, database_url: str, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
     """In a thread, `current_sync_session()` is the request's: the tasks share one transaction,
     also with an endpoint in a thread, under the same rules."""
     sessions = set()
@@ -404,7 +410,9 @@ async def test_sync_task_of_an_async_request(database: Database, database_url: s
 
 
 @EACH_WAY
-def test_failing_task_of_a_served_application(database_url: str, way: Way, caplog: Any) -> None:
+def test_failing_task_of_a_served_application(
+    database_url: str, way: Way, caplog: pytest.LogCaptureFixture
+) -> None:
     """The client has its 201, the server's log the error; the next request is served."""
     ran: list[str] = []
 
@@ -429,7 +437,7 @@ def test_failing_task_of_a_served_application(database_url: str, way: Way, caplo
     assert notes(database_url) == ["0", "1"]
 
 
-def errors_of(caplog: Any) -> list[str]:
+def errors_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What the server has logged of exceptions that reached it."""
     return [
         str(record.exc_info[1])
@@ -509,6 +517,7 @@ def test_slow_task_that_holds_a_transaction(database_url: str) -> None:
     [
         ("ends in time", ["a", "own", "shared"]),
         ("hangs", ["a"]),
+        ("hangs in its own", ["a"]),
         ("left over", ["a"]),
     ],
 )
@@ -519,13 +528,20 @@ def test_server_that_stops(database_url: str, kind: str, rows: list[str]) -> Non
     left: list[str] = []
     left_over: list[asyncio.Task[None]] = []
 
+    async def own() -> None:
+        async with session_scope():
+            await write("own")
+            begun.set()
+            await (asyncio.sleep(0.3) if kind == "ends in time" else asyncio.Event().wait())
+
     async def slow() -> None:
         try:
-            async with session_scope():
-                await write("own")
-                begun.set()
-                await (asyncio.sleep(0.3) if kind == "ends in time" else asyncio.Event().wait())
+            if kind != "hangs":
+                await own()
             await write("shared")
+            begun.set()
+            if kind == "hangs":
+                await asyncio.Event().wait()
         except asyncio.CancelledError:
             left.append("cancelled")
             raise
@@ -565,7 +581,7 @@ AFTER_YIELD: dict[tuple[str, str], tuple[int, list[str], list[str]]] = {
 
 @pytest.mark.parametrize(("scope", "does"), AFTER_YIELD)
 async def test_dependency_after_its_yield(
-    deferring_url: str, scope: Any, does: str, caplog: Any
+    deferring_url: str, scope: Any, does: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """At function scope it is a part of the request that the response tells of. At request scope
     it comes after that: a transaction of its own, under the rules of background tasks."""

@@ -147,7 +147,9 @@ async def test_what_to_write_is_said(sqlite_url: str, where: str) -> None:
                 assert "`with sync_session_scope()`" in second
 
 
-async def test_error_that_nobody_catches(database: Database, caplog: Any) -> None:
+async def test_error_that_nobody_catches(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
     """It ends this connection without an answer, is in the server's log, and no more."""
 
     async def endpoint(websocket: WebSocket) -> None:
@@ -250,7 +252,10 @@ FORMS = [
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 async def test_every_form_for_a_message(
-    database: Database, database_url: str, form: Callable[[str], Awaitable[None]], caplog: Any
+    database: Database,
+    database_url: str,
+    form: Callable[[str], Awaitable[None]],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """What is answered is committed, what is refused is rolled back, and while the server waits
     for the next message no connection is in use. Nobody is warned."""
@@ -278,7 +283,7 @@ async def test_every_form_for_a_message(
 
 
 async def test_dependency_that_says_how_to_open_a_session(
-    database: Database, database_url: str, caplog: Any
+    database: Database, database_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """`Depends` for the function, and `async with` for each message."""
 
@@ -467,17 +472,15 @@ async def test_heartbeat_commits_nothing(
                 await asyncio.sleep(0.001)
 
         await websocket.accept()
-        beating = asyncio.create_task(beat())
-        try:
-            with contextlib.suppress(RefusedError):
-                async with session_scope():
-                    await write("half")
-                    await websocket.receive_text()
-                    if fails:
-                        raise RefusedError
-                    await write("whole")
-        finally:
-            beating.cancel()
+        with contextlib.suppress(RefusedError):
+            async with session_scope():
+                beating = asyncio.create_task(beat())
+                await write("half")
+                await websocket.receive_text()
+                beating.cancel()
+                if fails:
+                    raise RefusedError
+                await write("whole")
         await websocket.send_text("done")
 
     with serving(database, app_of(database, endpoint)) as served:
@@ -566,7 +569,6 @@ async def test_broadcast_on_commit(deferring_url: str, by: str) -> None:
 
 # --- a session that FastAPI holds
 
-
 HELD: dict[str, Any] = {
     "async": Depends(get_async_db_session),
     "async, function scope": Depends(get_async_db_session, scope="function"),
@@ -595,7 +597,7 @@ async def put(session: AsyncSession | Session, text: str) -> None:
 
 @pytest.mark.parametrize("kind", HELD)
 async def test_dependency_holds_one_session(
-    database: Database, database_url: str, kind: str, caplog: Any
+    database: Database, database_url: str, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is committed when the endpoint returns, and rolled back when an exception leaves it,
     whatever has been answered. A warning says what to write instead, once."""
@@ -605,14 +607,13 @@ async def test_dependency_holds_one_session(
         ends = await websocket.receive_text()
         await put(session, ends)
         await websocket.send_text("answered")
-        await websocket.receive_text()
-        if ends == "error":
-            raise RefusedError
         try:
             await websocket.receive_text()
         except WebSocketDisconnect:
             if not ENDS[ends]:
                 raise
+        if ends == "error":
+            raise RefusedError
 
     with serving(database, app_of(database, endpoint)) as served:
         for ends in ENDS:
@@ -620,13 +621,12 @@ async def test_dependency_holds_one_session(
                 assert await ask(client, ends) == "answered"
                 assert ends not in notes(database_url)
                 assert served.in_use == 1
-                await client.send("go on")
                 if "reset" in ends:
                     reset(client.transport)
                 elif "close" in ends:
                     await client.close()
-                elif ends == "return":
-                    await client.send("return")
+                else:
+                    await client.send("go on")
                 await client.wait_closed()
             await until(lambda: served.in_use == 0)
             served.assert_nothing_open()
@@ -695,7 +695,7 @@ async def test_joining_form_beside_a_held_session(database: Database, database_u
 
 
 async def test_start_and_jobs_are_not_warned_of(
-    database: Database, database_url: str, caplog: Any
+    database: Database, database_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The lifespan, what it starts, and a framework's own use of the generator there, are no
     connections."""
@@ -790,7 +790,7 @@ async def test_mounted_application(
     database: Database,
     database_url: str,
     shape: Callable[[Database, FastAPI], ASGIApp],
-    caplog: Any,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The same errors, the same unit of work for a message, the same warning, once."""
     app = FastAPI()
