@@ -115,7 +115,7 @@ class Exchange:
                     "`async with session_scope()`.",
                     unit.label,
                 )
-            await self._finish(commit=complete and self._commit)
+            await self._finish(commit=complete and self._commits())
         finally:
             unit.leave()
             # Its traceback leads back here. Without this the request would wait, with all that
@@ -192,14 +192,17 @@ class Exchange:
         # HEAD promises to change nothing.
         return self._unit.has_open_cursor and not has_no_body(start["status"], self._headers)
 
+    def _commits(self) -> bool:
+        """Whether what is open is to be committed."""
+        unit = self._unit
+        if self._commit and unit.is_rollback_only and unit.in_transaction:
+            logger.info("%s was rolled back: rollback_only() was called", unit.label)
+        return self._commit and not unit.is_rollback_only
+
     async def _end(self) -> None:
         """End the open transaction as the response decides; a failed COMMIT is remembered."""
-        unit = self._unit
-        commit = self._commit and not unit.is_rollback_only
-        if self._commit and not commit and unit.in_transaction:
-            logger.info("%s was rolled back: rollback_only() was called", unit.label)
         try:
-            await finish.end(unit, commit=commit)
+            await finish.end(self._unit, commit=self._commits())
         except Exception as error:
             self._fail(error)
             raise
@@ -211,9 +214,8 @@ class Exchange:
             raise
 
     async def _finish(self, *, commit: bool) -> None:
-        unit = self._unit
         try:
-            await finish.finish(unit, commit=commit and not unit.is_rollback_only)
+            await finish.finish(self._unit, commit=commit)
         except Exception as error:
             self._log_failure(error)
             raise

@@ -155,9 +155,10 @@ class DatabaseSessionMiddleware:
             self.databases,
             place="a WebSocket connection, which can live for hours and is not one transaction",
             advice=(
-                "Open a unit of work for each message: `async with session_scope() as session:`,"
-                " and answer after the block."
+                "Open a unit of work for each message: `async with session_scope() as session:` "
+                "(or `with sync_session_scope()`), and answer after the block."
             ),
+            is_connection=True,
         )
 
     @cached_property
@@ -165,7 +166,10 @@ class DatabaseSessionMiddleware:
         return Outside(
             self.databases,
             place="the start or the end of the application, where no request is served",
-            advice="Open a unit of work: `async with session_scope() as session:`.",
+            advice=(
+                "Open a unit of work: `async with session_scope() as session:` "
+                "(or `with sync_session_scope()`)."
+            ),
         )
 
     def _check_joined(self, outer: Databases) -> None:

@@ -6,15 +6,12 @@ async with get_async_db_session() as session:
 
 from __future__ import annotations
 
-import functools
-import logging
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from repom import deferred, finish
-from repom.context import surroundings
-from repom.current import Outside, databases_here, open_scope_here
+from repom.current import databases_here, open_scope_here
 from repom.database import AsyncSessionT, Database
 from repom.forms import AsyncForms, as_async_generator_function
 from repom.registry import DEFAULT
@@ -23,8 +20,6 @@ from repom.transaction import new_scope
 from repom.urls import convert_to_async_uri
 
 __all__ = ["convert_to_async_uri", "get_async_db_session", "get_async_session"]
-
-logger = logging.getLogger("repom")
 
 
 async def get_async_session(
@@ -89,8 +84,6 @@ class _AsyncUnit:
         scope = open_scope_here()
         if scope is not None:
             return scope.session(DEFAULT if self._database is None else self._database)
-        if isinstance(surroundings.get(), Outside):
-            _warn_of_long_session()
         scope = new_scope(self._database, label="get_async_db_session()")
         session = scope.session()
         scope.enter()  # last, so that nothing is left open by what may fail
@@ -114,12 +107,3 @@ class _AsyncUnit:
                 limit=2 * scope.end_timeout,  # the end, and as long again for its callbacks
                 label="get_async_db_session()",
             )
-
-
-@functools.cache
-def _warn_of_long_session() -> None:
-    logger.warning(
-        "get_async_db_session() was used where no request is served, on a WebSocket for "
-        "instance: its transaction stays open as long as the connection does. Open one for "
-        "each message: `async with session_scope() as session:`."
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, overload
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -16,6 +17,8 @@ from repom.gate import scope_closed
 from repom.registry import CONFIGURED, DEFAULT, Databases
 from repom.scope import SessionScope
 
+logger = logging.getLogger("repom")
+
 
 class Outside:
     """A place where the databases are known, but nothing begins or ends a transaction.
@@ -24,15 +27,20 @@ class Outside:
         databases: for the scopes that are opened here.
         place: where this is, for the error: "a WebSocket connection".
         advice: what to write there.
+        is_connection: whether it lasts for as long as a client likes.
     """
 
     parent: Surroundings | None = None
     in_transaction = False
 
-    def __init__(self, databases: Databases, *, place: str, advice: str) -> None:
+    def __init__(
+        self, databases: Databases, *, place: str, advice: str, is_connection: bool = False
+    ) -> None:
         self.databases = databases
         self.place = place
         self.advice = advice
+        self.is_connection = is_connection
+        self.has_warned = False
 
 
 @overload
@@ -90,10 +98,7 @@ def current_scope() -> SessionScope:
     Raises:
         NoScopeError: no unit of work is open here.
     """
-    here = surroundings.get()
-    if type(here) is SessionScope:
-        return here
-    raise no_scope("current_scope", here)
+    return _scope_for("current_scope")
 
 
 def on_commit(callback: Callback, database: str | Database = DEFAULT) -> None:
@@ -111,7 +116,7 @@ def on_commit(callback: Callback, database: str | Database = DEFAULT) -> None:
         NoScopeError: no unit of work is open here.
         ScopeClosedError: it has ended.
     """
-    current_scope().on_commit(callback, database)
+    _scope_for("on_commit").on_commit(callback, database)
 
 
 def on_rollback(callback: Callback, database: str | Database = DEFAULT) -> None:
@@ -120,7 +125,7 @@ def on_rollback(callback: Callback, database: str | Database = DEFAULT) -> None:
     After a savepoint, it is called at the end of the whole transaction. Arguments, errors and
     what the callback may do are those of `on_commit`.
     """
-    current_scope().on_rollback(callback, database)
+    _scope_for("on_rollback").on_rollback(callback, database)
 
 
 def open_scope_here() -> SessionScope | None:
@@ -144,6 +149,27 @@ def databases_here() -> Databases:
     return here.databases if isinstance(here, (SessionScope, Outside)) else CONFIGURED
 
 
+def warn_of_held_session(function: str) -> None:
+    """Say once that a dependency holds one transaction for a whole connection, if it does."""
+    here = surroundings.get()
+    if isinstance(here, Outside) and here.is_connection and not here.has_warned:
+        here.has_warned = True
+        logger.warning(
+            "%s() is a dependency in %s: what answers have told of is not committed before "
+            "the end, and rolled back if that is an exception.\n%s",
+            function,
+            here.place,
+            here.advice,
+        )
+
+
+def _scope_for(function: str) -> SessionScope:
+    here = surroundings.get()
+    if type(here) is SessionScope:
+        return here
+    raise no_scope(function, here)
+
+
 def no_scope(function: str, here: object) -> NoScopeError:
     """The error for a session that was asked for outside a unit of work."""
     raise_failure()
@@ -154,5 +180,5 @@ def no_scope(function: str, here: object) -> NoScopeError:
         "serving a request here, and no session_scope() is open.\n"
         "Add the middleware to the application (`app.add_middleware("
         "DatabaseSessionMiddleware)`), or in scripts and jobs write "
-        "`async with session_scope() as session:`."
+        "`async with session_scope() as session:` (or `with sync_session_scope()`)."
     )

@@ -123,6 +123,8 @@ class Forms(_Unit, Generator[T, None, None]):
 
     Args:
         make: makes the work; called once for each block.
+        when_driven: called before the work begins where others drive the generator, who then
+            decide when it ends; not in `with` and `for`.
 
     Example:
         >>> class Counted:
@@ -140,8 +142,11 @@ class Forms(_Unit, Generator[T, None, None]):
 
     _right_forms = "`with f() as value:`, or `for value in f():` with nothing around `f()`"
 
-    def __init__(self, make: Callable[[], Work[T]]) -> None:
+    def __init__(
+        self, make: Callable[[], Work[T]], *, when_driven: Callable[[], object] | None = None
+    ) -> None:
         self._make = make
+        self._when_driven = when_driven
 
     def __iter__(self) -> "Forms[T]":
         loop = Forms(self._make)
@@ -156,17 +161,22 @@ class Forms(_Unit, Generator[T, None, None]):
 
     def send(self, _: None, /) -> T:
         if self._state is _State.NEW:
-            self._state = _State.BUSY
-            try:
-                self._work = work = self._make()
-                value = work.begin()
-            except BaseException:
-                self._state = _State.OVER
-                raise
-            self._state = _State.OPEN
-            return value
+            if self._when_driven:
+                self._when_driven()
+            return self._begin()
         self.__exit__(None, None, None)
         raise StopIteration
+
+    def _begin(self) -> T:
+        self._state = _State.BUSY
+        try:
+            self._work = work = self._make()
+            value = work.begin()
+        except BaseException:
+            self._state = _State.OVER
+            raise
+        self._state = _State.OPEN
+        return value
 
     def throw(self, typ: Any, val: Any = None, tb: TracebackType | None = None, /) -> T:
         try:
@@ -177,7 +187,7 @@ class Forms(_Unit, Generator[T, None, None]):
 
     def __enter__(self) -> T:
         self._renew()
-        return self.send(None)
+        return self._begin()
 
     def __exit__(self, typ: object, error: BaseException | None, tb: object, /) -> None:
         if self._state is _State.NEW:
@@ -204,8 +214,11 @@ class AsyncForms(_Unit, AsyncGenerator[T, None]):
         "`async with f() as value:`, or `async for value in f():` with nothing around `f()`"
     )
 
-    def __init__(self, make: Callable[[], AsyncWork[T]]) -> None:
+    def __init__(
+        self, make: Callable[[], AsyncWork[T]], *, when_driven: Callable[[], object] | None = None
+    ) -> None:
         self._make = make
+        self._when_driven = when_driven
 
     def __aiter__(self) -> "AsyncForms[T]":
         loop = AsyncForms(self._make)
@@ -220,17 +233,22 @@ class AsyncForms(_Unit, AsyncGenerator[T, None]):
 
     async def asend(self, _: None, /) -> T:
         if self._state is _State.NEW:
-            self._state = _State.BUSY
-            try:
-                self._work = work = self._make()
-                value = await work.begin()
-            except BaseException:
-                self._state = _State.OVER
-                raise
-            self._state = _State.OPEN
-            return value
+            if self._when_driven:
+                self._when_driven()
+            return await self._begin()
         await self.__aexit__(None, None, None)
         raise StopAsyncIteration
+
+    async def _begin(self) -> T:
+        self._state = _State.BUSY
+        try:
+            self._work = work = self._make()
+            value = await work.begin()
+        except BaseException:
+            self._state = _State.OVER
+            raise
+        self._state = _State.OPEN
+        return value
 
     async def athrow(self, typ: Any, val: Any = None, tb: TracebackType | None = None, /) -> T:
         try:
@@ -241,7 +259,7 @@ class AsyncForms(_Unit, AsyncGenerator[T, None]):
 
     async def __aenter__(self) -> T:
         self._renew()
-        return await self.asend(None)
+        return await self._begin()
 
     async def __aexit__(self, typ: object, error: BaseException | None, tb: object, /) -> None:
         if self._state is _State.NEW:

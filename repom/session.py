@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from repom import deferred, finish
-from repom.current import databases_here, open_scope_here
+from repom.current import databases_here, open_scope_here, warn_of_held_session
 from repom.database import Database, SessionT
 from repom.forms import Forms, as_generator_function
 from repom.registry import DEFAULT
@@ -43,7 +43,10 @@ def get_db_session(
     Args:
         database: a name, or the `Database`; the default one if left out.
     """
-    return Forms(lambda: _Unit(database))  # type: ignore[arg-type,return-value]
+    return Forms(
+        lambda: _Unit(database),  # type: ignore[arg-type,return-value]
+        when_driven=lambda: warn_of_held_session("get_db_session"),
+    )
 
 
 @as_generator_function

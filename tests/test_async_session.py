@@ -2,8 +2,7 @@
 
 import asyncio
 import inspect
-import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -12,13 +11,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from repom import (
-    async_session,
-    current_scope,
-    current_session,
-    session_scope,
-    sync_session_scope,
-)
+from repom import current_scope, current_session, session_scope, sync_session_scope
 from repom.async_session import get_async_db_session, get_async_session
 from repom.context import surroundings
 from repom.current import Outside
@@ -26,6 +19,7 @@ from repom.database import Database
 from repom.deferred import settled
 from repom.errors import MixedSessionsError, NoScopeError, UnknownDatabaseError
 from repom.registry import CONFIGURED
+from tests.support.reader import execute
 from tests.support.units import (
     CANCELLING,
     Cancelling,
@@ -39,6 +33,7 @@ from tests.support.units import (
     postgres,
     sqlite,
     texts,
+    url_of,
 )
 
 __all__ = ["database", "late_checking", "postgres", "sqlite"]
@@ -324,26 +319,35 @@ async def test_what_cannot_begin_leaves_nothing_behind(sqlite: Database) -> None
         current_scope()
 
 
-@pytest.fixture
-def websocket(sqlite: Database) -> Iterator[None]:
-    """Where the middleware has put a WebSocket connection."""
-    token = surroundings.set(Outside(CONFIGURED, place="a WebSocket connection", advice=""))
-    async_session._warn_of_long_session.cache_clear()
-    yield
-    surroundings.reset(token)
+def records_of(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    return [(record.levelname, record.getMessage()) for record in caplog.records]
 
 
-async def test_session_as_long_as_a_websocket_is_warned_of_once(
-    sqlite: Database, websocket: None, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("form", SUCCEEDS)
+async def test_session_held_for_a_whole_connection_is_warned_of_once(
+    sqlite: Database, caplog: pytest.LogCaptureFixture, form: Form
 ) -> None:
-    """It works; the better form is told at WARNING."""
-    for text in ("a", "b"):
-        async with get_async_db_session(sqlite) as session:
-            session.add(Note(text=text))
-    assert texts(sqlite) == ["a", "b"]
-    (record,) = caplog.records
-    assert record.levelno == logging.WARNING
-    assert "async with session_scope() as session:" in record.getMessage()
+    """Which it is only where a framework drives the generator: a block or a loop is one message,
+    and the start of an application is no connection. It works all the same."""
+    start = Outside(CONFIGURED, place="the start", advice="")
+    connection = Outside(
+        CONFIGURED, place="a connection", advice="Open one for each message.", is_connection=True
+    )
+    for place in (start, connection, connection):
+        token = surroundings.set(place)
+        try:
+            await form(sqlite)
+            await settled()
+        finally:
+            surroundings.reset(token)
+        assert texts(sqlite) == ["a"]
+        execute(url_of(sqlite), "DELETE FROM unit_note")
+    warning = (
+        "get_async_db_session() is a dependency in a connection: what answers have told of is "
+        "not committed before the end, and rolled back if that is an exception.\n"
+        "Open one for each message."
+    )
+    assert records_of(caplog) == ([("WARNING", warning)] if form is generator else [])
 
 
 # --- the manual session -------------------------------------------------------------------------

@@ -27,8 +27,8 @@ ASKS = [
     (current_session, "current_session()"),
     (current_sync_session, "current_sync_session()"),
     (current_scope, "current_scope()"),
-    (lambda: on_commit(print), "current_scope()"),
-    (lambda: on_rollback(print), "current_scope()"),
+    (lambda: on_commit(print), "on_commit()"),
+    (lambda: on_rollback(print), "on_rollback()"),
 ]
 
 

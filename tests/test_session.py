@@ -10,8 +10,11 @@ from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
 from repom import current_scope, current_sync_session, session_scope, sync_session_scope
+from repom.context import surroundings
+from repom.current import Outside
 from repom.database import Database
 from repom.errors import MixedSessionsError, NoScopeError, UnknownDatabaseError
+from repom.registry import CONFIGURED
 from repom.session import get_db_session, get_db_transaction, get_session
 from tests.support.units import Late, Note, database, late_checking, postgres, sqlite, texts
 
@@ -234,6 +237,23 @@ def test_what_cannot_begin_leaves_nothing_behind(sqlite: Database) -> None:
         pass
     with pytest.raises(NoScopeError):
         current_scope()
+
+
+@GETS
+@pytest.mark.parametrize("form", [block, loop_to_its_end, generator])
+def test_session_held_for_a_whole_connection_is_warned_of(
+    sqlite: Database, caplog: pytest.LogCaptureFixture, get: Get, form: Form
+) -> None:
+    """As by the async twin: where a framework drives the generator, on a connection."""
+    place = Outside(CONFIGURED, place="a connection", advice="Advice.", is_connection=True)
+    token = surroundings.set(place)
+    try:
+        form(get, sqlite)
+    finally:
+        surroundings.reset(token)
+    assert texts(sqlite) == ["a"]
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * (form is generator)
+    assert all("is a dependency in a connection" in message for message in caplog.messages)
 
 
 async def test_form_where_the_async_session_is_in_use(sqlite: Database) -> None:

@@ -231,7 +231,8 @@ async def test_own_lifespan_finds_the_database(database_url: str) -> None:
     assert advice == [
         "current_session() was called in the start or the end of the application, where no "
         "request is served.",
-        "Open a unit of work: `async with session_scope() as session:`.",
+        "Open a unit of work: `async with session_scope() as session:` "
+        "(or `with sync_session_scope()`).",
     ]
 
 

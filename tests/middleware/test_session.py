@@ -320,7 +320,8 @@ async def test_websocket_has_no_transaction(database: Database, database_url: st
     assert answered == (
         "current_session() was called in a WebSocket connection, which can live for hours and is "
         "not one transaction.\nOpen a unit of work for each message: "
-        "`async with session_scope() as session:`, and answer after the block."
+        "`async with session_scope() as session:` (or `with sync_session_scope()`), "
+        "and answer after the block."
     )
 
 

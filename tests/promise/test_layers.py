@@ -12,13 +12,11 @@ tests/test_loops.py.
 
 import asyncio
 import contextlib
-import http.client
 import threading
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import urlsplit
 
 import anyio
 import pytest
@@ -52,7 +50,7 @@ from tests.support.asgi import ASGIApp, Message, Receive, Scope, Send, request
 from tests.support.asgi import request as send_request
 from tests.support.polling import block_until, until
 from tests.support.reader import connections
-from tests.support.sockets import serve
+from tests.support.sockets import post, serve
 
 Dispatch = Callable[[Request, RequestResponseEndpoint], Awaitable[Response]]
 
@@ -517,16 +515,6 @@ def app_of_two_kinds(
     )
 
 
-def post(base_url: str, path: str) -> int:
-    parts = urlsplit(base_url)
-    client = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=20)
-    with contextlib.closing(client):
-        client.request("POST", path)
-        response = client.getresponse()
-        response.read()
-        return response.status
-
-
 @pytest.mark.parametrize("kind", ["async", "sync"])
 def test_one_app_on_two_servers(database_url: str, kind: str) -> None:
     """Two servers in two threads serve one app; when the first stops, a request of the second
@@ -544,14 +532,14 @@ def test_one_app_on_two_servers(database_url: str, kind: str) -> None:
         with serve(app) as first:
             paths = [f"{base}/{kind}/{n}" for n in range(10) for base in (first, second)]
             numbered = [f"{path}-{number}" for number, path in enumerate(paths)]
-            assert set(clients.map(lambda url: post(url, urlsplit(url).path), numbered)) == {201}
+            assert set(clients.map(post, numbered)) == {201}
             if kind == "sync":  # its pool is one for both
-                assert post(second, "/async/x") == 201
-            under_way = clients.submit(post, second, f"/{kind}/under-way?held=1")
+                assert post(f"{second}/async/x") == 201
+            under_way = clients.submit(post, f"{second}/{kind}/under-way?held=1")
             assert held.wait(10)
         go_on.set()
         assert under_way.result() == 201
-        assert post(second, f"/{kind}/after") == 201
+        assert post(f"{second}/{kind}/after") == 201
     written = notes(database_url)
     assert len(written) == len(set(written))
     assert {"under-way", "under-way!", "after", "after!"} <= set(written)
@@ -619,7 +607,7 @@ def test_memory_database_in_several_loops() -> None:
     database.create_all_sync(NOTE.metadata)
     counts = [asyncio.run(request(app, "POST")).json() for _ in range(2)]
     with serve(app) as one, serve(app) as other:
-        assert [post(one, "/"), post(other, "/")] == [200, 200]
+        assert [post(one), post(other)] == [200, 200]
     counts.append(asyncio.run(request(app, "POST")).json())
     assert counts == [1, 2, 5]
     database.dispose_sync()

@@ -1,13 +1,12 @@
 """A TCP proxy before a database server, which fails where a test wants it to."""
 
 import asyncio
-import contextlib
-import socket
-import struct
 from types import TracebackType
 from typing import Literal, NamedTuple, Self
 
 from sqlalchemy.engine import make_url
+
+from tests.support.sockets import reset
 
 CHUNK = 65536
 
@@ -101,14 +100,14 @@ class FaultProxy:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         if self.refuses:
-            _reset(writer)
+            reset(writer.transport)
             return
         try:
             server_reader, server_writer = await asyncio.open_connection(
                 self._target.host, self._target.port
             )
         except OSError:  # it is down
-            _reset(writer)
+            reset(writer.transport)
             return
         link = _Link(self)
         try:
@@ -119,8 +118,8 @@ class FaultProxy:
         except* (_EndedError, OSError):
             pass
         finally:
-            _reset(writer)
-            _reset(server_writer)
+            reset(writer.transport)
+            reset(server_writer.transport)
 
 
 class _Link:
@@ -171,11 +170,3 @@ class _Link:
 
 class _EndedError(Exception):
     """This side has nothing more to send, or not any more."""
-
-
-def _reset(writer: asyncio.StreamWriter) -> None:
-    # SO_LINGER with zero seconds: the peer gets an RST, as when a machine dies, and no FIN.
-    sock = writer.get_extra_info("socket")
-    with contextlib.suppress(OSError):  # closed already
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    writer.transport.abort()

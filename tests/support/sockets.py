@@ -1,16 +1,18 @@
 """Applications behind real sockets: a server in a thread, or in a process of its own."""
 
+import asyncio
 import http.client
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import IO, Any
 from urllib.parse import urlsplit
 
@@ -179,6 +181,25 @@ def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
+
+
+def post(url: str) -> int:
+    """POST to `url` on a connection of its own; the status, once the response is complete."""
+    parts = urlsplit(url)
+    client = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=2 * PATIENCE)
+    with closing(client):
+        client.request("POST", parts._replace(scheme="", netloc="").geturl() or "/")
+        response = client.getresponse()
+        response.read()
+        return response.status
+
+
+def reset(transport: asyncio.WriteTransport) -> None:
+    """End a connection as when a machine dies: the peer gets an RST, and no FIN."""
+    sock = transport.get_extra_info("socket")
+    with suppress(OSError):  # closed already
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
 
 
 def _answers(url: str) -> bool:
