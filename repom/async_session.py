@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from repom import deferred, finish
-from repom.current import databases_here, open_scope_here
+from repom.current import databases_here, open_scope_here, warn_of_held_session
 from repom.database import AsyncSessionT, Database
 from repom.forms import AsyncForms, as_async_generator_function
 from repom.registry import DEFAULT
@@ -66,7 +66,10 @@ def get_async_db_session(
     Args:
         database: a name, or the `Database`; the default one if left out.
     """
-    return AsyncForms(lambda: _AsyncUnit(database))  # type: ignore[arg-type,return-value]
+    return AsyncForms(
+        lambda: _AsyncUnit(database),  # type: ignore[arg-type,return-value]
+        when_driven=lambda: warn_of_held_session("get_async_db_session"),
+    )
 
 
 class _AsyncUnit:
