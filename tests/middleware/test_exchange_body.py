@@ -17,11 +17,12 @@ from tests.middleware.notes import (
     chunk,
     connections_in_use,
     notes,
+    notes_database,
     serve,
     start,
     write,
 )
-from tests.support.asgi import Message, Send, request
+from tests.support.asgi import Message, ProtocolViolation, Send, request
 
 EXTENSIONS = ["http.response.trailers", "http.response.pathsend", "http.response.zerocopysend"]
 
@@ -139,6 +140,36 @@ async def test_commit_that_fails_in_the_body_leaves_it_unterminated(
     assert len(response.sent) == 1 + max(len(parts), 1)
     assert parts or response.messages[1] == chunk(more=True)
     assert notes(deferring_url) == ["before"]
+
+
+@pytest.mark.parametrize("begin", [start(404, (b"x-a", b"1\n")), start(200, (b"x-a", b"1\n"))])
+async def test_what_is_not_committed_is_not_checked(sqlite_url: str, begin: Message) -> None:
+    """An error, or a response without work: what is wrong with it the server says."""
+
+    async def respond(send: Send) -> None:
+        if begin["status"] == 404:
+            await write("a")
+        await send(begin)
+
+    async with notes_database(sqlite_url) as database:
+        with pytest.raises(ProtocolViolation, match="line break"):
+            await request(serve(database, respond), "POST")
+    assert notes(sqlite_url) == []
+
+
+async def test_length_is_not_checked_where_nothing_is_open(
+    database: Database, database_url: str
+) -> None:
+    """What the start tells of is committed; that the body is too short the server says."""
+
+    async def respond(send: Send) -> None:
+        await write("a")
+        await send(start(200, (b"content-length", b"3")))
+        await send(chunk(b"12"))
+
+    with pytest.raises(ProtocolViolation, match="Content-Length is 3"):
+        await request(serve(database, respond), "POST")
+    assert notes(database_url) == ["a"]
 
 
 async def test_head(database: Database, database_url: str) -> None:
