@@ -10,6 +10,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncResult
 
 from repom import Database, current_session
+from repom.errors import ScopeError
 from tests.middleware.notes import (
     NOTE,
     NOWHERE,
@@ -310,6 +311,26 @@ async def test_cursor_that_nobody_can_read_keeps_nothing_open(
 
     await request(serve(database, respond), "POST", on_message=sight)
     assert [("a" in rows, used) for _, rows, used in sight.seen] == [(True, 0)] * 2
+
+
+async def test_second_response_while_the_first_waits_for_its_cursor(
+    database: Database, database_url: str
+) -> None:
+    """The start of a response to HEAD that has not left yet is the only one all the same."""
+    await fill(database, 100)
+
+    async def respond(send: Send) -> None:
+        await write("a")
+        rows = await current_session().stream(select(NOTE.c.text))
+        await send(start(200))
+        with pytest.raises(ScopeError, match="second response"):
+            await send(start(500))
+        await send(chunk())
+        await rows.close()
+
+    response = await request(serve(database, respond), "HEAD")
+    assert response.messages == [start(200), chunk()]
+    assert "a" in notes(database_url)
 
 
 @pytest.mark.parametrize(
