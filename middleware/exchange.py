@@ -13,7 +13,12 @@ from typing import NoReturn
 import anyio
 
 from repom import finish
-from repom.errors import CommitOutcomeUnknown, ScopeClosedError, ScopeError
+from repom.errors import (
+    CommitOutcomeUnknown,
+    InvalidResponseError,
+    ScopeClosedError,
+    ScopeError,
+)
 from repom.middleware import failed_commit
 from repom.middleware.policy import (
     BEFORE_RESPONSE,
@@ -25,8 +30,11 @@ from repom.middleware.policy import (
     Scope,
     Send,
     body_bytes,
+    check_length,
+    check_start,
     completes_body,
     content_length,
+    ends_body,
     has_no_body,
 )
 from repom.scope import SessionScope
@@ -56,12 +64,17 @@ class Exchange:
     __slots__ = (
         "_asgi_scope",
         "_body_bytes",
+        "_body_ended",
         "_commit",
         "_commit_on",
+        "_committed",
         "_failure",
         "_headers",
+        "_held",
+        "_last_sent",
         "_progress",
         "_send",
+        "_status",
         "_turn",
         "_unit",
     )
@@ -78,8 +91,15 @@ class Exchange:
         self._turn: asyncio.Lock | None = None
         # What the response said when it started.
         self._commit = False
+        self._status = 0
         self._headers: Headers = ()
         self._body_bytes: float = 0
+        self._body_ended = False  # by the app; the client may have had all of it before
+        # What the client is not to have before the app has read its cursor.
+        self._held: Message | None = None
+        # Whether something was, and what has left since there is something to commit.
+        self._committed = False
+        self._last_sent = ""
         # The error of the COMMIT that failed, until an error response has started.
         self._failure: Exception | None = None
 
@@ -121,6 +141,9 @@ class Exchange:
             # Its traceback leads back here. Without this the request would wait, with all that
             # its frames hold, for the garbage collector.
             self._failure = None
+            self._held = None
+            if self._committed and self._last_sent == "http.response.start":
+                await self._begin_body()
 
     async def send(self, message: Message) -> None:
         """The `send` of the app."""
@@ -130,10 +153,11 @@ class Exchange:
             if self._turn is None:
                 self._turn = asyncio.Lock()
             async with self._turn:
-                await self._end_before(message)
+                due = await self._end_before(message)
+            await self._send_all(due)
         else:
             self._progress = self._reached_by(message)
-        await self._send(message)
+            await self._send(message)
 
     def _reached_by(self, message: Message) -> Progress:
         """How far the response will have got; raise if the client must not have `message`."""
@@ -146,51 +170,92 @@ class Exchange:
         if self._failure is not None and not self._may_follow_failure(message):
             raise self._failure
         if kind == "http.response.start":
-            if self._progress is not Progress.NOTHING:
+            if self._progress is not Progress.NOTHING or self._held is not None:
                 raise ScopeError(
                     f"{self._unit.label} started a second response. The transaction has ended as "
                     "the first one said, which the second could not change.\n"
                     "Send one http.response.start for each request."
                 )
-            self._commit = self._commit_on(message["status"], self._asgi_scope)
+            self._status = message["status"]
+            self._commit = self._commit_on(self._status, self._asgi_scope)
             self._headers = message.get("headers", ())
             if not isinstance(self._headers, (list, tuple)):  # an iterator is read only once
                 self._headers = message["headers"] = list(self._headers)
+            self._body_bytes, self._body_ended = 0, False
             return Progress.STARTED
-        if self._progress is Progress.NOTHING:
+        if self._progress is Progress.NOTHING and self._held is None:
             return Progress.NOTHING
+        if self._body_ended is not (kind == "http.response.trailers"):
+            raise InvalidResponseError(
+                f"{self._unit.label} sent {kind} {'after' if self._body_ended else 'before'} the "
+                "end of its body, where no server accepts it.\n"
+                "Send one last http.response.body, and after it nothing but announced trailers."
+            )
         self._body_bytes += body_bytes(message)
-        # Nearly always it is the last chunk, and the headers need not be read.
+        if ends_body(message):  # nearly always, and the headers need not be read
+            self._body_ended = True
+            return Progress.COMPLETE
         announced = content_length(self._headers) if message.get("more_body") else None
         completes = completes_body(message, self._body_bytes, announced)
         return Progress.COMPLETE if completes else self._progress
 
     # --- ending
 
-    async def _end_before(self, message: Message) -> None:
-        """End the open transaction if `message` may leave only after that."""
+    async def _end_before(self, message: Message) -> tuple[Message, ...]:
+        """End the open transaction if `message` may leave only after that.
+
+        Returns:
+            What is to leave now.
+        """
         reached = self._reached_by(message)
         starts = self._progress is Progress.NOTHING and reached is Progress.STARTED
-        if reached is Progress.COMPLETE or (starts and not self._streams(message)):
-            try:
-                await self._end()
-            except asyncio.CancelledError:
-                if self._failure is None:
-                    # It has ended as this message says. An answer that somebody else gives for
-                    # the cancelled request, such as a 504, would be a lie from now on.
-                    self._progress = reached
-                    with anyio.move_on_after(self._unit.end_timeout, shield=True):
-                        await self._send(message)
-                raise
+        completes = reached is Progress.COMPLETE
+        if self._commit and self._unit.has_work:
+            self._check(message, starts, completes)
+        if not starts and not completes:
+            # What comes while something is held is for a client that has nothing more to get.
+            return () if self._held is not None else (message,)
+        if self._body_ended or not self._unit.has_open_cursor:
+            await self._end_with(message, reached)
+        elif completes or self._has_no_body():
+            self._held = self._held or message
+            return ()
         if starts:
             self._failure = None  # if there was one, this is the answer to it
         self._progress = reached
+        return self._due(message)
 
-    def _streams(self, start: Message) -> bool:
-        """Whether the body is going to be read from an open cursor."""
-        # A response to HEAD has no body either, but apps produce the one they do not send, and
-        # HEAD promises to change nothing.
-        return self._unit.has_open_cursor and not has_no_body(start["status"], self._headers)
+    async def _end_with(self, message: Message, reached: Progress) -> None:
+        try:
+            await self._end()
+        except asyncio.CancelledError:
+            if self._failure is None:
+                # It has ended as this message says. An answer that somebody else gives for the
+                # cancelled request, such as a 504, would be a lie from now on.
+                self._progress = reached
+                with anyio.move_on_after(self._unit.end_timeout, shield=True):
+                    await self._send_all(self._due(message))
+            raise
+
+    def _due(self, message: Message) -> tuple[Message, ...]:
+        held, self._held = self._held, None
+        return (message,) if held is None else (held, message)
+
+    async def _send_all(self, messages: tuple[Message, ...]) -> None:
+        for message in messages:
+            await self._send(message)
+            self._last_sent = message["type"]
+
+    def _check(self, message: Message, starts: bool, completes: bool) -> None:
+        """Raise for what a server would refuse, before it is too late to roll back."""
+        if starts:
+            check_start(self._status, self._headers)
+        elif completes and not self._has_no_body():
+            check_length(message, self._body_bytes, content_length(self._headers))
+
+    def _has_no_body(self) -> bool:
+        """Whether the client has the complete response with its start."""
+        return self._asgi_scope["method"] == "HEAD" or has_no_body(self._status, self._headers)
 
     def _commits(self) -> bool:
         """Whether what is open is to be committed."""
@@ -201,8 +266,9 @@ class Exchange:
 
     async def _end(self) -> None:
         """End the open transaction as the response decides; a failed COMMIT is remembered."""
+        commit = self._commits()
         try:
-            await finish.end(self._unit, commit=self._commits())
+            await finish.end(self._unit, commit=commit)
         except Exception as error:
             self._fail(error)
             raise
@@ -211,7 +277,10 @@ class Exchange:
             # the cancellation must not send its 2xx after that.
             if isinstance(cancelled.__cause__, Exception):
                 self._fail(cancelled.__cause__)
+            else:
+                self._committed = commit
             raise
+        self._committed = commit
 
     async def _finish(self, *, commit: bool) -> None:
         try:
@@ -222,11 +291,24 @@ class Exchange:
 
     def _fail(self, error: Exception) -> None:
         self._failure = error
+        self._held = None
         self._log_failure(error)
 
     def _log_failure(self, error: Exception) -> None:
         outcome = "is unknown" if isinstance(error, CommitOutcomeUnknown) else "failed"
         logger.error("COMMIT of %s %s", self._unit.label, outcome, exc_info=error)
+
+    async def _begin_body(self) -> None:
+        """Let the server send the start, after an app that has ended before its body began.
+
+        Until then it may keep it (https://asgi.readthedocs.io/en/latest/specs/www.html), and
+        answer for the app with an error of its own, though the work is committed.
+        """
+        with anyio.move_on_after(self._unit.end_timeout, shield=True):
+            try:
+                await self._send({"type": "http.response.body", "body": b"", "more_body": True})
+            except Exception as error:  # the client is gone; what ended the app counts
+                logger.debug("%s was not sent: %s", self._unit.label, type(error).__name__)
 
     # --- after a COMMIT that failed
 

@@ -78,6 +78,14 @@ class InnerCommitError(ScopeError):
     """
 
 
+class InvalidResponseError(ScopeError):
+    """The application's response breaks a rule of ASGI or HTTP, found before COMMIT."""
+
+
+class OpenCursorError(ScopeError):
+    """A statement would take the rows that a stream has not read yet (MySQL and MariaDB)."""
+
+
 class WouldDeadlockError(ScopeError):
     """A scope would wait for a lock that an enclosing scope of its own context holds."""
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import re
-import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 from repom import deferred
 from repom.callbacks import Callbacks
 from repom.context import surroundings
+from repom.cursors import Cursors
 from repom.dialects.base import CLOSED_BY_COMMIT, aborted
 from repom.errors import ConcurrentSessionUse, InnerCommitError, TransactionError
 from repom.gate import Gate, scope_closed
@@ -51,16 +51,9 @@ _OPERATIONS = (
     "scalars",
 )
 
-#: The same of Connection.
-_CONNECTION_OPERATIONS = (
-    "begin_nested",
-    "commit",
-    "exec_driver_sql",
-    "execute",
-    "rollback",
-    "scalar",
-    "scalars",
-)
+#: The same of Connection, and those of them that send a statement.
+_CONNECTION_OPERATIONS = ("begin_nested", "commit", "rollback", "scalars")
+_EXECUTIONS = ("exec_driver_sql", "execute", "scalar")
 
 
 class Managed:
@@ -71,7 +64,7 @@ class Managed:
         repom_inner_commits: what `commit()` by others means.
         repom_callbacks: told of the ends that the owner has not asked for: of savepoints, and
             of the transaction by `rollback()` and inner commits.
-        repom_cursors: the results of `session.stream()` that may still be read.
+        repom_cursors: the results that may still be read from the database.
         repom_committed: the transaction or savepoint that is about to end, if by a commit.
         repom_abandoned: whether the end could not wait any longer for the task that is inside.
     """
@@ -79,7 +72,7 @@ class Managed:
     repom_gate: Gate
     repom_inner_commits: InnerCommits
     repom_callbacks: Callbacks
-    repom_cursors: list[Any]
+    repom_cursors: Cursors
     repom_committed: SessionTransaction | None = None
     repom_abandoned = False
 
@@ -133,8 +126,8 @@ def _make(base: type[Session]) -> type[Session]:
         try:
             if deferred.pending and how in ("flush", "commit"):
                 _wait_for_deferred(self)
-            if self.repom_cursors and how != "flush":
-                _close_cursors(self)
+            # Also before the flush, for which MySQL could not send the rows any more.
+            self.repom_cursors.close()
             endings[how](self)
         except PendingRollbackError as error:
             # A flush failed, its error was swallowed, and SQLAlchemy has rolled back.
@@ -175,7 +168,6 @@ def _make(base: type[Session]) -> type[Session]:
     namespace: dict[str, Any] = {
         name: _through_the_gate(getattr(base, name)) for name in _OPERATIONS if hasattr(base, name)
     }
-    namespace["execute"] = _watching_cursors(namespace["execute"])
     namespace |= {"end": end, "begin": begin, "commit": commit, "close": close, "reset": close}
     namespace["repom_close"] = base.close
     namespace["_warn_on_events"] = property(_is_own_flush, _set_flushing)
@@ -223,12 +215,45 @@ def _connection_operation(method: Callable[..., Any]) -> Callable[..., Any]:
     return operation
 
 
+def _execution(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def execute(self: Any, *args: Any, **kwargs: Any) -> Any:
+        cursors: Cursors = self.repom_session.repom_cursors
+        cursors.make_way(args[0] if args else None, self.dialect)
+        result = method(self, *args, **kwargs)
+        cursors.watch(result)
+        return result
+
+    return execute
+
+
+def _end_of_transaction(method: Callable[[Any], None]) -> Callable[[Any], None]:
+    @functools.wraps(method)
+    def end(self: Any) -> None:
+        self.repom_session.repom_cursors.close()
+        method(self)
+
+    return end
+
+
 #: The `Connection` of a managed session. Code that has asked for it may keep it, and what it
 #: executes during the end would be part of nothing, or of the next unit of work.
 _ManagedConnection = type(
     "ManagedConnection",
     (Connection,),
-    {name: _connection_operation(getattr(Connection, name)) for name in _CONNECTION_OPERATIONS},
+    {
+        **{
+            name: _connection_operation(getattr(Connection, name))
+            for name in _CONNECTION_OPERATIONS
+        },
+        **{
+            name: _connection_operation(_execution(getattr(Connection, name)))
+            for name in _EXECUTIONS
+        },
+        # Whoever ends it: the owner, `session.rollback()`, a `commit()` that is allowed.
+        "_commit_impl": _end_of_transaction(Connection._commit_impl),
+        "_rollback_impl": _end_of_transaction(Connection._rollback_impl),
+    },
 )
 
 
@@ -300,57 +325,6 @@ def _after_transaction_end(session: Any, transaction: SessionTransaction) -> Non
             callbacks.committed()
         else:
             callbacks.rolled_back()
-
-
-# --- cursors
-
-
-def _watching_cursors(execute: Callable[..., Any]) -> Callable[..., Any]:
-    """`Session.execute` that remembers the results that are read from the server bit by bit."""
-
-    @functools.wraps(execute)
-    def operation(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = execute(self, *args, **kwargs)
-        options = kwargs.get("execution_options")
-        if options and options.get("stream_results"):
-            self.repom_cursors.append(result)
-        return result
-
-    return operation
-
-
-def has_open_cursor(session: Any) -> bool:
-    """Whether somebody may still read from the server a result of `session.stream()`.
-
-    Results take no weak references, so this counts the strong ones. An interpreter that does
-    not count them has the results read until they say that they are at their end.
-    """
-    # Soft-closed is SQLAlchemy's word for read to its end. Ours are the references of the list,
-    # of this frame, and of the call that counts.
-    return any(
-        not (result.closed or result._soft_closed) and sys.getrefcount(result) > 3
-        for result in session.repom_cursors
-    )
-
-
-def _close_cursors(session: Any) -> None:
-    """Close what was not read to its end: MySQL ends nothing while rows are still coming."""
-    cursors, session.repom_cursors = session.repom_cursors, []
-    for result in cursors:
-        if not _is_beyond_closing(result):
-            result.close()
-
-
-def _is_beyond_closing(result: Any) -> bool:
-    """Whether SQLAlchemy could do no more than log that it cannot close this."""
-    result = getattr(result, "raw", result)
-    connection = getattr(result, "connection", None)
-    if connection is None:
-        return False
-    if result.cursor is None:  # its close() was cancelled, or is done
-        return not result._soft_closed
-    # Closed under it, as by a cancelled statement. psycopg still wants its cursors closed.
-    return connection.invalidated and not connection.dialect.driver.startswith("psycopg")
 
 
 # --- other people's commits

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
 from repom.callbacks import Callbacks
+from repom.cursors import Cursors
 from repom.database import BeginOptions, Database
 from repom.ending import Action, Step, Steps
 from repom.errors import CommitOutcomeUnknown, TransactionError
@@ -64,7 +65,7 @@ class Participant:
         self.sync_session.repom_gate = gate
         self.sync_session.repom_inner_commits = inner_commits
         self.sync_session.repom_callbacks = callbacks
-        self.sync_session.repom_cursors = []
+        self.sync_session.repom_cursors = Cursors()
 
 
 class AsyncParticipant(Participant):

@@ -24,7 +24,7 @@ from repom.errors import (
     WrongThreadError,
 )
 from repom.gate import scope_closed
-from repom.managed import InnerCommits, has_open_cursor
+from repom.managed import InnerCommits
 from repom.participant import AsyncParticipant, Participant, SyncParticipant
 from repom.registry import DEFAULT, Databases
 
@@ -257,8 +257,10 @@ class SessionScope:
 
     @property
     def has_open_cursor(self) -> bool:
-        """Whether a result of `session.stream()` may still be read."""
-        return any(has_open_cursor(p.sync_session) for p in self.participants)
+        """Whether a result may still be read from the database."""
+        return any(
+            participant.sync_session.repom_cursors.is_open for participant in self.participants
+        )
 
     @property
     def turn(self) -> asyncio.Lock:

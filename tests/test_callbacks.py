@@ -7,6 +7,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.orm import Session, SessionTransaction
 
 from repom.callbacks import Callbacks
+from repom.cursors import Cursors
 from repom.gate import ThreadGate
 from repom.managed import managed_class
 
@@ -22,7 +23,7 @@ class Told:
             repom_gate=ThreadGate(),
             repom_inner_commits="allow",
             repom_callbacks=self.callbacks,
-            repom_cursors=[],
+            repom_cursors=Cursors(),
         )
 
     def register(self, name: str) -> None:

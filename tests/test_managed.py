@@ -6,16 +6,15 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from sqlalchemy import event, insert, literal, select, text
+from sqlalchemy import event, insert, literal, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from repom import current_scope, current_session, session_scope, sync_session_scope
+from repom import current_session, session_scope, sync_session_scope
 from repom.database import Database
 from repom.errors import ConcurrentSessionUse, InnerCommitError, ScopeClosedError
 from repom.managed import InnerCommits, managed_class
-from tests.support.reader import execute
 from tests.support.units import (
     Line,
     Note,
@@ -393,107 +392,3 @@ async def test_begin_block_whose_error_is_caught_is_undone_alone(database: Datab
                 session.add(Note(text="inside"))
                 raise ZeroDivisionError
     assert texts(database) == ["before"]
-
-
-# --- cursors --------------------------------------------------------------------------------------
-
-
-async def test_result_of_stream_is_an_open_cursor_until_it_is_read(database: Database) -> None:
-    """Read to its end, closed, or dropped: then nobody can read from it any more."""
-    async with session_scope(database) as session:
-        scope = current_scope()
-        session.add_all(Note(id=n, text=str(n)) for n in range(1, 4))
-        await session.flush()
-        assert not scope.has_open_cursor
-
-        result = await session.stream_scalars(select(Note))
-        assert scope.has_open_cursor
-        assert [note.id async for note in result] == [1, 2, 3]
-        assert not scope.has_open_cursor
-
-        result = await session.stream_scalars(select(Note))
-        await result.close()
-        assert not scope.has_open_cursor
-
-        result = await session.stream_scalars(select(Note))
-        await anext(result)
-        assert scope.has_open_cursor
-        del result
-        assert not scope.has_open_cursor
-
-
-async def test_cursor_that_was_not_read_to_its_end_is_closed_at_the_end(
-    database: Database,
-) -> None:
-    """MySQL commits nothing on a connection on which rows are still coming."""
-    async with session_scope(database) as session:
-        session.add_all(Note(id=n, text=f"{n}".zfill(80)) for n in range(1, 1000))
-        await session.flush()
-        session.expunge_all()
-        result = await session.stream_scalars(select(Note))
-        assert await anext(result)
-    assert len(texts(database)) == 999
-    assert_nothing_open(database)
-    del result
-
-
-async def test_ordinary_result_is_no_open_cursor(sqlite: Database) -> None:
-    """Its rows are here already, read or not."""
-    async with session_scope(sqlite) as session:
-        rows = await session.execute(select(Note))
-        assert not current_scope().has_open_cursor
-        assert rows.all() == []
-
-
-async def test_nothing_is_said_of_the_cursor_of_a_closed_connection(
-    database: Database, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A client that goes while its response is read from a cursor leaves one in each case."""
-    async with session_scope(database) as session:
-        session.add_all(Note(id=n, text=f"{n}".zfill(80)) for n in range(1, 1000))
-        await session.flush()
-        result = await session.stream(select(Note.text), execution_options={"yield_per": 5})
-        assert await result.fetchone()
-        await (await session.connection()).invalidate()  # as a cancelled fetch does
-        current_scope().rollback_only()
-    assert caplog.records == []
-    assert texts(database) == []
-    assert_nothing_open(database)
-    del result
-
-
-async def test_cursor_whose_closing_was_cancelled(
-    database: Database, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The end does not try again what SQLAlchemy can only log."""
-    async with session_scope(database) as session:
-        session.add_all(Note(id=n, text=f"{n}".zfill(80)) for n in range(1, 1000))
-        await session.flush()
-        result = await session.stream(select(Note.text), execution_options={"yield_per": 5})
-        assert await result.fetchone()
-        closing = asyncio.create_task(result.close())
-        await asyncio.sleep(0)
-        closing.cancel()
-        with suppress(asyncio.CancelledError):
-            await closing
-    assert caplog.records == []
-    assert len(texts(database)) == 999
-    assert_nothing_open(database)
-    del result
-
-
-async def test_cursor_that_cannot_be_closed_does_not_keep_the_scope_from_ending(
-    mysql_url: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Its connection is lost; the end finds that out, too, and throws it away."""
-    with prepared(mysql_url) as database:
-        async with session_scope(database) as session:
-            number = await session.scalar(text("select connection_id()"))
-            many = text("select repeat('x', 10000) from mysql.help_topic")
-            result = await session.stream(many)
-            await result.fetchone()
-            execute(mysql_url, f"kill {number}")
-            current_scope().rollback_only()
-        assert [record.name.split(".")[0] for record in caplog.records] == ["sqlalchemy", "repom"]
-        assert_nothing_open(database)
-        del result

@@ -18,6 +18,7 @@ from repom import current_session, session_scope
 from repom.async_session import get_async_db_session
 from repom.middleware import DatabaseSessionMiddleware
 from tests.middleware.notes import NOTE, NOWHERE, write
+from tests.promise.breaking import BreakingApp
 from tests.support.asgi import ASGIApp, Message, Receive, Scope, Send
 
 
@@ -70,6 +71,7 @@ def app_for(url: str | None) -> FastAPI:
                 await write(text)
             await connection.send_text(text)
 
+    app.mount("/broken-apps", BreakingApp())
     return app
 
 

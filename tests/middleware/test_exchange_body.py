@@ -10,6 +10,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncResult
 
 from repom import Database, current_session
+from repom.errors import ScopeError
 from tests.middleware.notes import (
     NOTE,
     NOWHERE,
@@ -17,11 +18,12 @@ from tests.middleware.notes import (
     chunk,
     connections_in_use,
     notes,
+    notes_database,
     serve,
     start,
     write,
 )
-from tests.support.asgi import Message, Send, request
+from tests.support.asgi import Message, ProtocolViolation, Send, request
 
 EXTENSIONS = ["http.response.trailers", "http.response.pathsend", "http.response.zerocopysend"]
 
@@ -114,8 +116,9 @@ async def test_what_is_written_in_the_body_is_committed_before_the_body_is_compl
 async def test_commit_that_fails_in_the_body_leaves_it_unterminated(
     deferring: Database, deferring_url: str, kind: str, body_file: BinaryIO
 ) -> None:
-    """The message that would complete the body is not sent, nor any other after it, and the
-    failure leaves; what was committed before the start stays."""
+    """The message that would complete the body is not sent, nor any other of the app after it,
+    and the failure leaves; what was committed before the start stays. Where nothing of the body
+    was sent, an empty chunk makes the server send the start."""
     begin, parts, last = RESPONSES[kind](body_file)
     raised: list[BaseException] = []
 
@@ -135,8 +138,39 @@ async def test_commit_that_fails_in_the_body_leaves_it_unterminated(
     assert isinstance(response.exception, IntegrityError)
     assert raised == [response.exception] * 3
     assert not response.complete
-    assert len(response.sent) == 1 + len(parts)
+    assert len(response.sent) == 1 + max(len(parts), 1)
+    assert parts or response.messages[1] == chunk(more=True)
     assert notes(deferring_url) == ["before"]
+
+
+@pytest.mark.parametrize("begin", [start(404, (b"x-a", b"1\n")), start(200, (b"x-a", b"1\n"))])
+async def test_what_is_not_committed_is_not_checked(sqlite_url: str, begin: Message) -> None:
+    """An error, or a response without work: what is wrong with it the server says."""
+
+    async def respond(send: Send) -> None:
+        if begin["status"] == 404:
+            await write("a")
+        await send(begin)
+
+    async with notes_database(sqlite_url) as database:
+        with pytest.raises(ProtocolViolation, match="line break"):
+            await request(serve(database, respond), "POST")
+    assert notes(sqlite_url) == []
+
+
+async def test_length_is_not_checked_where_nothing_is_open(
+    database: Database, database_url: str
+) -> None:
+    """What the start tells of is committed; that the body is too short the server says."""
+
+    async def respond(send: Send) -> None:
+        await write("a")
+        await send(start(200, (b"content-length", b"3")))
+        await send(chunk(b"12"))
+
+    with pytest.raises(ProtocolViolation, match="Content-Length is 3"):
+        await request(serve(database, respond), "POST")
+    assert notes(database_url) == ["a"]
 
 
 async def test_head(database: Database, database_url: str) -> None:
@@ -277,6 +311,26 @@ async def test_cursor_that_nobody_can_read_keeps_nothing_open(
 
     await request(serve(database, respond), "POST", on_message=sight)
     assert [("a" in rows, used) for _, rows, used in sight.seen] == [(True, 0)] * 2
+
+
+async def test_second_response_while_the_first_waits_for_its_cursor(
+    database: Database, database_url: str
+) -> None:
+    """The start of a response to HEAD that has not left yet is the only one all the same."""
+    await fill(database, 100)
+
+    async def respond(send: Send) -> None:
+        await write("a")
+        rows = await current_session().stream(select(NOTE.c.text))
+        await send(start(200))
+        with pytest.raises(ScopeError, match="second response"):
+            await send(start(500))
+        await send(chunk())
+        await rows.close()
+
+    response = await request(serve(database, respond), "HEAD")
+    assert response.messages == [start(200), chunk()]
+    assert "a" in notes(database_url)
 
 
 @pytest.mark.parametrize(
