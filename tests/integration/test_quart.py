@@ -1,4 +1,4 @@
-"""What is special to Quart: the order of its hooks, background tasks, sync generators, time-outs.
+"""What is special to Quart: the order of its hooks, background tasks, sync generators.
 
 What it shares with other frameworks is in tests/frameworks/test_table.py.
 """
@@ -17,7 +17,6 @@ from repom.middleware import DatabaseSessionMiddleware
 from repom.middleware.quart import raise_failed_commit
 from tests.middleware.notes import (
     NOWHERE,
-    connections_in_use,
     notes,
     write,
     write_sync,
@@ -178,23 +177,3 @@ async def test_body_of_a_sync_generator(database: Database, database_url: str) -
     assert (response.body, response.complete, response.exception) == (b"abc", True, None)
     assert notes(database_url) == ["a", "b", "c"]
     assert database.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
-
-
-async def test_body_that_takes_too_long(database: Database, database_url: str) -> None:
-    """Quart breaks it off and keeps silent: the body is incomplete, and has written nothing."""
-    app = app_of(database)
-    app.config["RESPONSE_TIMEOUT"] = 0.3
-
-    @app.post("/")  # type: ignore[untyped-decorator]
-    async def create() -> Any:
-        async def body() -> Any:
-            yield b"x"
-            await write("a")
-            await asyncio.Event().wait()
-
-        return body()
-
-    response = await request(app, "POST")
-    assert (response.complete, response.exception) == (False, None)
-    assert notes(database_url) == []
-    assert connections_in_use(database) == 0
