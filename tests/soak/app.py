@@ -33,6 +33,7 @@ from repom import (
     sync_session_scope,
 )
 from repom.async_session import get_async_db_session
+from repom.errors import ScopeClosedError
 from repom.middleware import DatabaseSessionMiddleware
 from repom.session import get_db_session
 from tests.soak.kinds import BUSY, OVERDUE
@@ -305,6 +306,11 @@ def _add_errors(app: FastAPI) -> None:
 # --- several tasks ------------------------------------------------------------------------------
 
 
+@atomic()
+async def write_in_a_block(number: int, part: str) -> None:
+    await write(number, part)
+
+
 async def fail_in_a_moment() -> None:
     await current_session().execute(select(Counter.value))
     raise PlannedError
@@ -326,9 +332,9 @@ def _add_tasks(app: FastAPI) -> None:
 
     @app.post("/gather-fails/{number}")
     async def gather_fails(number: int) -> None:
+        # What has not got its turn when the request ends is refused.
         writing = [write_one(number, "request", row) for row in range(ROWS)]
-        # What is still waiting when the request ends is refused.
-        await asyncio.gather(fail_in_a_moment(), *writing)
+        await asyncio.gather(fail_in_a_moment(), *writing, write_in_a_block(number, "block"))
 
     @app.post("/writers/{number}", status_code=201)
     async def writers(number: int) -> None:
@@ -342,7 +348,10 @@ def _add_tasks(app: FastAPI) -> None:
     async def left_over(number: int, request: Request) -> None:
         async def late() -> None:
             await until(lambda: not scope.is_open)
-            await write(number, "late")
+            with contextlib.suppress(ScopeClosedError):
+                await write(number, "late")
+            async with atomic():
+                await write(number, "late")
 
         scope = current_scope()
         await write(number)
@@ -381,7 +390,7 @@ def _add_scopes(app: FastAPI) -> None:
 
     # Each of these has two connections at a time. If all in the pool were the first of one,
     # nobody would get a second.
-    pairs = asyncio.Semaphore(2)
+    pairs = asyncio.Semaphore(6)
 
     @app.post("/scope-inside/{number}", status_code=201)
     async def scope_inside(number: int) -> None:

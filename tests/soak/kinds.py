@@ -178,7 +178,7 @@ _EVERYWHERE = (
     # several tasks
     _kind("group", 201, parts=_REQUEST, share=3),
     _kind("group-fails", 500, parts=_REQUEST, share=3),
-    _kind("gather-fails", 500, parts=_REQUEST, share=3),
+    _kind("gather-fails", 500, parts={**_REQUEST, "block": with_the_start}, share=3),
     _kind("writers", 201, parts={"one": apart, "two": apart, "three": apart}, share=3),
     _kind("left-over", 201, parts={**_REQUEST, "late": never}, share=2),
     # scopes and savepoints

@@ -43,7 +43,8 @@ async def _limited(app: ASGIApp, limit: float, scope: Scope, receive: Receive, s
     try:
         async with asyncio.timeout(limit) as time_left:
             await app(scope, receive, watching_send)
-    except TimeoutError:
+    # Up to Python 3.12 a TaskGroup can leave the task cancelled, and then it stays a cancellation.
+    except (TimeoutError, asyncio.CancelledError):
         if not time_left.expired():
             raise
         if not started:
