@@ -642,27 +642,40 @@ def ask_for(client: http.client.HTTPConnection, path: str) -> tuple[int | None, 
     return response.status, True
 
 
-@pytest.mark.parametrize("work", [True, False], ids=["committed", "nothing to commit"])
+@pytest.mark.parametrize(
+    ("work", "told", "committed"),
+    [
+        ("written", (200, False), ["a"]),
+        ("none", (500, True), []),
+        ("read from a cursor", (500, True), []),
+    ],
+    ids=["written", "none", "read from a cursor"],
+)
 async def test_layer_that_keeps_the_start_until_the_body_begins(
-    database: Database, database_url: str, work: bool
+    database: Database,
+    database_url: str,
+    work: str,
+    told: tuple[int, bool],
+    committed: list[str],
 ) -> None:
-    """Starlette's GZip does, around all else; for a body that fails at once its caller answers
-    with an error then. Not so for what is committed: that start leaves."""
+    """Starlette's GZip does, around all else, and for a body that fails at once its caller answers
+    with an error then. Not if something is committed: the start that tells of that leaves."""
 
-    async def body() -> AsyncIterator[bytes]:
+    async def body(texts: AsyncIterator[str] | None) -> AsyncIterator[str]:
         raise LookupError
-        yield b""
+        yield ""
 
     async def endpoint(request: Request) -> Response:
-        if work:
+        if work != "none":
             await write("a")
-        return StreamingResponse(body())
+        cursor = work == "read from a cursor"
+        return StreamingResponse(body(await stream(current_session()) if cursor else None))
 
     app = starlette(database, endpoint, Middleware(GZipMiddleware))
     answer = await send_request(app, "POST")
     assert isinstance(answer.exception, LookupError)
-    assert (answer.status, answer.complete) == ((200, False) if work else (500, True))
-    assert notes(database_url) == (["a"] if work else [])
+    assert (answer.status, answer.complete) == told
+    assert notes(database_url) == committed
 
 
 # --- a body that breaks off, seen by a client -----------------------------------------------------
