@@ -1,0 +1,103 @@
+"""Calls an application as a server does, without HTTP and without sockets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, MutableMapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from benchmarks.hosts import METHODS, ASGIApp, Message
+from benchmarks.models import ROWS
+
+_HEADERS = [(b"host", b"127.0.0.1"), (b"accept", b"*/*"), (b"user-agent", b"benchmarks")]
+
+
+class Request:
+    """One request: the server's side of it."""
+
+    __slots__ = ("_body_is_read", "_complete", "scope", "status")
+
+    def __init__(self, endpoint: str, number: int, state: dict[str, Any]) -> None:
+        # Not the last ten: `mixed` also reads what follows.
+        path = f"/{endpoint}/{number % (ROWS - 10) + 1}"
+        self.scope: MutableMapping[str, Any] = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.4"},
+            "http_version": "1.1",
+            "method": METHODS.get(endpoint, "GET"),
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": _HEADERS,
+            "client": ("127.0.0.1", 50000),
+            "server": ("127.0.0.1", 80),
+            "state": state.copy(),
+        }
+        self.status = 0
+        self._body_is_read = False
+        self._complete: asyncio.Event | None = None
+
+    async def receive(self) -> Message:
+        if not self._body_is_read:
+            self._body_is_read = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+        self._complete = self._complete or asyncio.Event()
+        await self._complete.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        elif self._complete is not None and not message.get("more_body"):
+            self._complete.set()
+
+    async def run(self, app: ASGIApp) -> None:
+        """Run the application; whatever is not a 200 ends the benchmark."""
+        await app(self.scope, self.receive, self.send)
+        if self.status != 200:
+            raise RuntimeError(f"{self.scope['path']} was answered with {self.status}")
+
+
+async def run_requests(
+    app: ASGIApp, endpoint: str, count: int, concurrency: int, state: dict[str, Any]
+) -> None:
+    """Run `count` requests, always `concurrency` of them at a time."""
+    if concurrency == 1:
+        for number in range(count):
+            await Request(endpoint, number, state).run(app)
+        return
+    numbers = iter(range(count))
+
+    async def client() -> None:
+        for number in numbers:
+            # In a task of its own, as servers do it.
+            await asyncio.create_task(Request(endpoint, number, state).run(app))
+
+    async with asyncio.TaskGroup() as clients:
+        for _ in range(concurrency):
+            clients.create_task(client())
+
+
+@asynccontextmanager
+async def started(app: ASGIApp) -> AsyncIterator[dict[str, Any]]:
+    """Start the application, and stop it in the end; gives the state for its requests."""
+    received: asyncio.Queue[Message] = asyncio.Queue()
+    sent: asyncio.Queue[Message] = asyncio.Queue()
+    state: dict[str, Any] = {}
+    scope = {"type": "lifespan", "asgi": {"version": "3.0", "spec_version": "2.0"}, "state": state}
+    task = asyncio.create_task(app(scope, received.get, sent.put))  # type: ignore[arg-type]
+    for step in ("startup", "shutdown"):
+        await received.put({"type": f"lifespan.{step}"})
+        answer = asyncio.create_task(sent.get())
+        await asyncio.wait({task, answer}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            answer.cancel()
+            await task  # raises what ended it
+        if not answer.done() or answer.result()["type"] != f"lifespan.{step}.complete":
+            raise RuntimeError(f"the application did not complete its {step}: {answer}")
+        if step == "startup":
+            yield state
+    await task
