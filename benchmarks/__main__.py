@@ -25,9 +25,15 @@ async def main() -> None:
         for host in options.host or ("asgi", "fastapi"):
             async with databases.filled(kind) as url, compare.worker(sys.executable) as remote:
                 mine = [contender for contender in CONTENDERS if contender.host == host]
-                names = [(NULL if i else c.name, c) for c in mine for i in range(1 + (c.name == "hand-written"))]
+                names = [
+                    (NULL if i else c.name, c)
+                    for c in mine
+                    for i in range(1 + (c.name == "hand-written"))
+                ]
                 for name, c in names:
-                    await remote.ask("load", app=name, contender=c.build, url=url, engine_kwargs=ENGINE)
+                    await remote.ask(
+                        "load", app=name, contender=c.build, url=url, engine_kwargs=ENGINE
+                    )
                 for case in options.case or ("nothing", "select", "insert", "mixed", "service"):
                     entrants = [Entrant(name, remote, name) for name, _ in names]
                     await compare.rounds(

@@ -1,7 +1,8 @@
 """The two hosts of the endpoints: a bare ASGI application, and FastAPI."""
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 Message = MutableMapping[str, Any]
@@ -10,6 +11,7 @@ Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 Endpoint = Callable[..., Awaitable[dict[str, object]]]
+OnShutdown = Callable[[], Awaitable[None]]
 
 
 class Endpoints(NamedTuple):
@@ -26,13 +28,21 @@ class Endpoints(NamedTuple):
 METHODS = {"insert": "POST", "mixed": "POST"}
 
 
-def bare(endpoints: Endpoints) -> ASGIApp:
+async def _nothing() -> None:
+    pass
+
+
+def bare(endpoints: Endpoints, on_shutdown: OnShutdown = _nothing) -> ASGIApp:
     """The least that can be called an application: `/select/7` calls `endpoints.select(7)`."""
     routes = endpoints._asdict()
 
     async def app(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await _live(receive, send)
+            await receive()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            await on_shutdown()
+            await send({"type": "lifespan.shutdown.complete"})
             return
         _, name, key = scope["path"].split("/")
         body = json.dumps(await routes[name](int(key))).encode()
@@ -46,18 +56,16 @@ def bare(endpoints: Endpoints) -> ASGIApp:
     return app
 
 
-async def _live(receive: Receive, send: Send) -> None:
-    await receive()
-    await send({"type": "lifespan.startup.complete"})
-    await receive()
-    await send({"type": "lifespan.shutdown.complete"})
-
-
-def fastapi(endpoints: Endpoints, **options: Any) -> Any:
-    """The same paths as a FastAPI application; `options` are the class's own."""
+def fastapi(endpoints: Endpoints, on_shutdown: OnShutdown = _nothing, lifespan: Any = None) -> Any:
+    """The same paths as a FastAPI application; `lifespan` is one that a contender brings."""
     from fastapi import FastAPI
 
-    app = FastAPI(**options)
+    @asynccontextmanager
+    async def live(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await on_shutdown()
+
+    app = FastAPI(lifespan=lifespan or live)
     for name, endpoint in endpoints._asdict().items():
         app.add_api_route(f"/{name}/{{key}}", endpoint, methods=[METHODS.get(name, "GET")])
     return app

@@ -49,4 +49,6 @@ def fastapi(url: str, engine_kwargs: dict[str, Any]) -> hosts.ASGIApp:
         await session.commit()
         return {"id": item.id, "name": item.name}
 
-    return hosts.fastapi(hosts.Endpoints(nothing, select, insert, mixed, service))
+    endpoints = hosts.Endpoints(nothing, select, insert, mixed, service)
+    app: hosts.ASGIApp = hosts.fastapi(endpoints, engine.dispose)
+    return app

@@ -2,15 +2,14 @@
 
 from typing import Any
 
-from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
 
 from benchmarks import hosts, work
 from benchmarks.work import Answer
 
 
-def endpoints(url: str, engine_kwargs: dict[str, Any]) -> hosts.Endpoints:
+def endpoints(engine: AsyncEngine) -> hosts.Endpoints:
     """The five endpoints."""
-    engine = create_async_engine(url, **engine_kwargs)
     sessionmaker = async_sessionmaker(engine, expire_on_commit=False)
 
     async def nothing(key: int) -> Answer:
@@ -46,9 +45,12 @@ def endpoints(url: str, engine_kwargs: dict[str, Any]) -> hosts.Endpoints:
 
 def asgi(url: str, engine_kwargs: dict[str, Any]) -> hosts.ASGIApp:
     """Without any framework."""
-    return hosts.bare(endpoints(url, engine_kwargs))
+    engine = create_async_engine(url, **engine_kwargs)
+    return hosts.bare(endpoints(engine), engine.dispose)
 
 
 def fastapi(url: str, engine_kwargs: dict[str, Any]) -> hosts.ASGIApp:
     """On FastAPI."""
-    return hosts.fastapi(endpoints(url, engine_kwargs))
+    engine = create_async_engine(url, **engine_kwargs)
+    app: hosts.ASGIApp = hosts.fastapi(endpoints(engine), engine.dispose)
+    return app

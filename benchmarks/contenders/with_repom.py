@@ -41,6 +41,7 @@ def asgi(url: str, engine_kwargs: dict[str, Any]) -> hosts.ASGIApp:
 
 def fastapi(url: str, engine_kwargs: dict[str, Any]) -> hosts.ASGIApp:
     """In FastAPI."""
-    app = hosts.fastapi(ENDPOINTS)
-    app.add_middleware(DatabaseSessionMiddleware, Database(url, engine_kwargs=engine_kwargs))
+    fastapi = hosts.fastapi(ENDPOINTS)
+    fastapi.add_middleware(DatabaseSessionMiddleware, Database(url, engine_kwargs=engine_kwargs))
+    app: hosts.ASGIApp = fastapi
     return app
