@@ -1,58 +1,123 @@
-"""Hand-written code and repom in one process: `python -m benchmarks`."""
+"""The whole comparison: `make bench`, or `.venv-bench-runner/bin/python -m benchmarks`."""
+
+from __future__ import annotations
 
 import argparse
 import asyncio
+import os
+import platform
 import random
 import sys
-from statistics import median
+import time
+from datetime import UTC, datetime
+from pathlib import Path
 
-from benchmarks import compare, databases
-from benchmarks.compare import NULL, Entrant
-from benchmarks.contenders import CONTENDERS
-from benchmarks.statistics import is_result, ratio, spread
+from benchmarks import databases, environments, measure, report
+from benchmarks.contenders import CONTENDERS, HOSTS, Contender
+from benchmarks.environments import python_of
+from benchmarks.measure import COMPARED, Conditions
+from benchmarks.processes import worker
+from benchmarks.results import Results
 
-ENGINE = {"pool_size": 10, "max_overflow": 0}
+RESULTS = Path(__file__).with_name("results.json")
+DOCS = environments.ROOT / "docs"
 
 
-async def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--case", action="append")
-    parser.add_argument("--database", action="append")
-    parser.add_argument("--host", action="append")
+async def run(options: argparse.Namespace) -> Results:
+    """Measure everything that was asked for."""
+    contenders = [
+        contender
+        for contender in CONTENDERS
+        if environments.is_there(contender.environment) and _is_wanted(contender, options)
+    ]
+    results = Results(about(), {})
+    for name in dict.fromkeys(contender.environment for contender in contenders):
+        async with worker(python_of(name)) as remote:
+            results.environments[name] = await remote.ask("versions")
+    effort = measure.QUICK if options.quick else measure.FULL
+    for number, database in enumerate(options.database):
+        async with (
+            databases.filled(database) as url,
+            worker(Path(sys.executable)) as load,
+        ):
+            results.about[database] = await databases.version(url)
+            conditions = Conditions(effort, database, random.Random(options.seed), load)
+            for host in options.host:
+                async with measure.entrants(contenders, host, url) as ready:
+                    for case, compare in COMPARED.items():
+                        # The database makes no difference where none is used.
+                        if not ready or case not in options.case or (case == "nothing" and number):
+                            continue
+                        tell(f"{database}, {host}: {case}")
+                        results.rows += await compare(ready, case, conditions)
+            if "instructions" in options.case:
+                tell(f"{database}: instructions")
+                results.rows += await measure.instructions(url, database)
+            if "resident" in options.case and not number:
+                tell(f"{database}: resident")
+                results.rows += await measure.resident(contenders, url, database, effort)
+    return results
+
+
+def _is_wanted(contender: Contender, options: argparse.Namespace) -> bool:
+    wanted: list[str] = options.contender
+    return not wanted or any(word.lower() in contender.name.lower() for word in wanted)
+
+
+def about() -> dict[str, str]:
+    """When and where."""
+    processor = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as lines:
+            processor = next(
+                (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+                processor,
+            )
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "machine": f"{processor}, {os.cpu_count()} cores, {platform.system()}",
+    }
+
+
+def tell(what: str) -> None:
+    """Say where the run is."""
+    print(f"{time.strftime('%H:%M:%S')}  {what}", file=sys.stderr, flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="does it work? measures little")
+    parser.add_argument("--case", action="append", choices=measure.CASES)
+    parser.add_argument("--database", action="append", choices=databases.KINDS)
+    parser.add_argument("--host", action="append", choices=HOSTS)
+    parser.add_argument("--contender", action="append", help="a part of its name")
+    parser.add_argument("--seed", type=int, default=0, help="of the order in the rounds")
+    parser.add_argument("--report", action="store_true", help="only write the report again")
     options = parser.parse_args()
-    for kind in options.database or databases.KINDS:
-        for host in options.host or ("asgi", "fastapi"):
-            async with databases.filled(kind) as url, compare.worker(sys.executable) as remote:
-                mine = [contender for contender in CONTENDERS if contender.host == host]
-                names = [
-                    (NULL if i else c.name, c)
-                    for c in mine
-                    for i in range(1 + (c.name == "hand-written"))
-                ]
-                for name, c in names:
-                    await remote.ask(
-                        "load", app=name, contender=c.build, url=url, engine_kwargs=ENGINE
-                    )
-                for case in options.case or ("nothing", "select", "insert", "mixed", "service"):
-                    entrants = [Entrant(name, remote, name) for name, _ in names]
-                    await compare.rounds(
-                        entrants,
-                        case,
-                        rounds=8 if options.quick else 40,
-                        seconds=0.05 if options.quick else 0.2,
-                        concurrency=1,
-                        random_=random.Random(),
-                    )
-                    hand = entrants[0].cpu
-                    null = ratio(entrants[1].cpu, hand)
-                    for e in entrants:
-                        r = ratio(e.cpu, hand)
-                        print(
-                            f"{kind:10} {host:8} {case:8} {e.name:20} cpu {median(e.cpu) * 1e6:8.1f} us"
-                            f" wall {median(e.wall) * 1e6:8.1f} us   x{r.median:.3f} [{r.low:.3f}, {r.high:.3f}]"
-                            f" {'' if is_result(r, null) else f'(inside the null: {spread(null):.3f})'}"
-                        )
+    # What has measured everything, with time, is written to docs/.
+    options.write = not (
+        options.quick or options.case or options.database or options.host or options.contender
+    )
+    options.case = options.case or measure.CASES
+    options.database = options.database or databases.KINDS
+    options.host = options.host or HOSTS
+    return options
 
 
-asyncio.run(main())
+def main() -> None:
+    """Run, print the tables, and write them to docs/ if nothing was left out."""
+    options = arguments()
+    if options.report:
+        results = Results.read(RESULTS)
+    else:
+        results = asyncio.run(run(options))
+        if options.write:
+            results.write(RESULTS)
+    print(report.text(results))
+    if options.write:
+        report.write(results, DOCS)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,22 +13,27 @@ from benchmarks.models import ROWS
 _HEADERS = [(b"host", b"127.0.0.1"), (b"accept", b"*/*"), (b"user-agent", b"benchmarks")]
 
 
+def path(endpoint: str, number: int) -> str:
+    """The path of a case's request; the key is one that exists."""
+    # Not the last ten: `mixed` also reads what follows.
+    return f"/{endpoint}/{number % (ROWS - 10) + 1}"
+
+
 class Request:
     """One request: the server's side of it."""
 
-    __slots__ = ("_body_is_read", "_complete", "scope", "status")
+    __slots__ = ("_body_is_read", "_is_complete", "_waiting", "scope", "status")
 
     def __init__(self, endpoint: str, number: int, state: dict[str, Any]) -> None:
-        # Not the last ten: `mixed` also reads what follows.
-        path = f"/{endpoint}/{number % (ROWS - 10) + 1}"
+        target = path(endpoint, number)
         self.scope: MutableMapping[str, Any] = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.4"},
             "http_version": "1.1",
             "method": METHODS.get(endpoint, "GET"),
             "scheme": "http",
-            "path": path,
-            "raw_path": path.encode(),
+            "path": target,
+            "raw_path": target.encode(),
             "query_string": b"",
             "root_path": "",
             "headers": _HEADERS,
@@ -38,21 +43,25 @@ class Request:
         }
         self.status = 0
         self._body_is_read = False
-        self._complete: asyncio.Event | None = None
+        self._is_complete = False
+        self._waiting: asyncio.Event | None = None
 
     async def receive(self) -> Message:
         if not self._body_is_read:
             self._body_is_read = True
             return {"type": "http.request", "body": b"", "more_body": False}
-        self._complete = self._complete or asyncio.Event()
-        await self._complete.wait()
+        if not self._is_complete:
+            self._waiting = self._waiting or asyncio.Event()
+            await self._waiting.wait()
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-        elif self._complete is not None and not message.get("more_body"):
-            self._complete.set()
+        elif not message.get("more_body"):
+            self._is_complete = True
+            if self._waiting is not None:
+                self._waiting.set()
 
     async def run(self, app: ASGIApp) -> None:
         """Run the application; whatever is not a 200 ends the benchmark."""
@@ -88,16 +97,25 @@ async def started(app: ASGIApp) -> AsyncIterator[dict[str, Any]]:
     sent: asyncio.Queue[Message] = asyncio.Queue()
     state: dict[str, Any] = {}
     scope = {"type": "lifespan", "asgi": {"version": "3.0", "spec_version": "2.0"}, "state": state}
-    task = asyncio.create_task(app(scope, received.get, sent.put))  # type: ignore[arg-type]
-    for step in ("startup", "shutdown"):
+
+    async def live() -> None:
+        await app(scope, received.get, sent.put)
+        await sent.put({"type": "the end"})
+
+    async def ask(step: str) -> None:
         await received.put({"type": f"lifespan.{step}"})
         answer = asyncio.create_task(sent.get())
-        await asyncio.wait({task, answer}, return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
+        done, _ = await asyncio.wait({living, answer}, return_when=asyncio.FIRST_COMPLETED)
+        if answer not in done:
             answer.cancel()
-            await task  # raises what ended it
-        if not answer.done() or answer.result()["type"] != f"lifespan.{step}.complete":
-            raise RuntimeError(f"the application did not complete its {step}: {answer}")
-        if step == "startup":
-            yield state
-    await task
+            await living  # raises
+        elif answer.result()["type"] != f"lifespan.{step}.complete":
+            raise RuntimeError(f"the application did not complete its {step}: {answer.result()}")
+
+    living = asyncio.create_task(live())
+    await ask("startup")
+    try:
+        yield state
+    finally:
+        await ask("shutdown")
+        await living

@@ -22,11 +22,13 @@ import sqlalchemy
 
 from benchmarks import databases
 from benchmarks.client import Request, started
-from benchmarks.contenders import find
+from benchmarks.contenders import CONTENDERS, HAND_WRITTEN, hand_written
 from benchmarks.hosts import ASGIApp
+from repom.async_session import convert_to_async_uri
 
 #: Hand-written code and repom, on the bare host: nothing else is in the count.
-HAND_WRITTEN, REPOM = "hand_written:asgi", "with_repom:asgi"
+REPOM = "repom"
+_REPOM = next(found for found in CONTENDERS if found.name == REPOM and found.host == "asgi")
 CASES = ("nothing", "select", "insert")
 
 STORED = Path(__file__).with_name("cost.json")
@@ -97,11 +99,11 @@ async def costs(url: str) -> dict[str, dict[str, Cost]]:
     """By case and contender, for the filled database at `url`."""
     found: dict[str, dict[str, Cost]] = {case: {} for case in CASES}
     async with AsyncExitStack() as stack:
-        for contender in (HAND_WRITTEN, REPOM):
-            app = find(contender).app(url, {"pool_size": 10, "max_overflow": 0})
+        for contender in (hand_written("repom", "asgi"), _REPOM):
+            app = contender.app(url, {})
             state = await stack.enter_async_context(started(app))
             for case in CASES:
-                found[case][contender] = await cost(app, case, state)
+                found[case][contender.name] = await cost(app, case, state)
     return found
 
 
@@ -144,11 +146,17 @@ async def main() -> None:
     """Print the costs; write the ratios down if that is asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cost", description=__doc__)
     parser.add_argument("--database", action="append", choices=databases.KINDS)
+    parser.add_argument("--url", help="only this database, which is empty; prints the ratios")
     parser.add_argument("--update", action="store_true", help="write the ratios to cost.json")
     parser.add_argument(
         "--where", type=int, default=0, metavar="N", help="the N functions that differ most"
     )
     options = parser.parse_args()
+    if options.url:
+        url = convert_to_async_uri(options.url)
+        await databases.fill(url)
+        print(json.dumps(ratios(await costs(url))))
+        return
     new: dict[str, dict[str, dict[str, float]]] = {}
     for kind in options.database or databases.KINDS:
         async with databases.filled(kind) as url:

@@ -37,7 +37,7 @@ async def filled(kind: str) -> AsyncIterator[str]:
     if kind == "sqlite":
         with TemporaryDirectory(prefix="repom-bench-") as folder:
             url = f"sqlite+aiosqlite:///{Path(folder) / 'bench.sqlite3'}"
-            await _fill(url)
+            await fill(url)
             yield url
         return
     driver, variable, usual = _SERVERS[kind]
@@ -48,7 +48,7 @@ async def filled(kind: str) -> AsyncIterator[str]:
         await connection.execute(text(f"create database {name}"))
     url = server.set(database=name).render_as_string(hide_password=False)
     try:
-        await _fill(url)
+        await fill(url)
         yield url
     finally:
         async with admin.connect() as connection:
@@ -72,7 +72,8 @@ async def version(url: str) -> str:
     return words[1] if dialect.name == "postgresql" else words[0]
 
 
-async def _fill(url: str) -> None:
+async def fill(url: str) -> None:
+    """Make the table in an empty database, and its rows."""
     engine = create_async_engine(url)
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)

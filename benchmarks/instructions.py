@@ -16,15 +16,22 @@ from contextlib import AsyncExitStack
 from tempfile import TemporaryDirectory
 
 from benchmarks import databases
+from benchmarks.contenders import CONTENDERS, hand_written
 from benchmarks.worker import Worker
 
 _FEW, _MANY = 50, 150
+
+_CONTENDERS = {
+    contender.name: contender
+    for contender in (hand_written("repom", "asgi"), *CONTENDERS)
+    if contender.environment == "repom" and contender.host == "asgi"
+}
 
 
 async def _run(contender: str, url: str, case: str, count: int) -> None:
     async with AsyncExitStack() as stack:
         worker = Worker(stack)
-        await worker.load("app", contender, url, {"pool_size": 10, "max_overflow": 0})
+        await worker.load("app", list(_CONTENDERS[contender]), url, {})
         await worker.run("app", case, count)
 
 
@@ -50,7 +57,6 @@ async def main() -> None:
     parser.add_argument("--run", nargs=4)
     parser.add_argument("--case", action="append")
     parser.add_argument("--database", action="append")
-    parser.add_argument("--host", default="asgi")
     options = parser.parse_args()
     if options.run:
         contender, url, case, count = options.run
@@ -60,8 +66,7 @@ async def main() -> None:
         async with databases.filled(kind) as url:
             for case in options.case or ("nothing", "select", "insert"):
                 found = []
-                for build in ("hand_written", "with_repom"):
-                    contender = f"{build}:{options.host}"
+                for contender in _CONTENDERS:
                     few, many = (
                         _instructions(contender, url, case, count) for count in (_FEW, _MANY)
                     )

@@ -28,14 +28,9 @@ def ratio(values: Sequence[float], baseline: Sequence[float]) -> Ratio:
     draw = random.Random(0)
     medians = sorted(median(draw.choices(ratios, k=len(ratios))) for _ in range(_RESAMPLES))
     edge = _RESAMPLES // 40
-    return Ratio(median(ratios), medians[edge], medians[-edge - 1])
+    return Ratio(*(round(x, 4) for x in (median(ratios), medians[edge], medians[-edge - 1])))
 
 
 def spread(null: Ratio) -> float:
     """How far from 1 the null may be: the hand-written code against its own second copy."""
     return max(abs(null.low - 1), abs(null.high - 1))
-
-
-def is_result(found: Ratio, null: Ratio) -> bool:
-    """Whether `found` says more than that the same code does not always take the same time."""
-    return abs(found.median - 1) > spread(null)

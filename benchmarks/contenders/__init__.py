@@ -14,8 +14,9 @@ class Contender(NamedTuple):
     Attributes:
         name: what the tables call it.
         build: `module:function` of this package; called with the URL and the engine's options.
-        environment: the requirements file it runs with, and the virtual environment.
-        host: "asgi" or "fastapi". It is compared with hand-written code on the same host.
+        environment: the file in requirements/, and the virtual environment, that it runs with.
+        host: "asgi" or "fastapi". It is compared with hand-written code on the same host and
+            in the same process.
     """
 
     name: str
@@ -31,15 +32,49 @@ class Contender(NamedTuple):
         return app
 
 
+HOSTS = ("asgi", "fastapi")
+
+#: Runs beside the others in every environment, twice.
+HAND_WRITTEN = "hand-written"
+
 CONTENDERS = [
-    Contender("hand-written", "hand_written:asgi", "repom", "asgi"),
-    Contender("hand-written", "hand_written:fastapi", "repom", "fastapi"),
-    Contender("repom", "with_repom:asgi", "repom", "asgi"),
-    Contender("repom", "with_repom:fastapi", "repom", "fastapi"),
-    Contender("FastAPI Depends", "fastapi_depends:fastapi", "repom", "fastapi"),
+    Contender(name, build, environment, host)
+    for name, environment, host, build in (
+        ("repom", "repom", "asgi", "with_repom:asgi"),
+        ("repom", "repom", "fastapi", "with_repom:fastapi"),
+        ("repom, Depends", "repom", "fastapi", "with_repom_depends:fastapi"),
+        ("FastAPI's Depends", "repom", "fastapi", "fastapi_depends:fastapi"),
+        (
+            "context-async-sqlalchemy, ASGI",
+            "context-async-sqlalchemy",
+            "asgi",
+            "with_context_async_sqlalchemy:asgi",
+        ),
+        (
+            "context-async-sqlalchemy, ASGI",
+            "context-async-sqlalchemy",
+            "fastapi",
+            "with_context_async_sqlalchemy:fastapi",
+        ),
+        (
+            "context-async-sqlalchemy, HTTP",
+            "context-async-sqlalchemy",
+            "fastapi",
+            "with_context_async_sqlalchemy:fastapi_http",
+        ),
+        (
+            "fastapi-async-sqlalchemy",
+            "fastapi-async-sqlalchemy",
+            "fastapi",
+            "with_fastapi_async_sqlalchemy:fastapi",
+        ),
+        ("fastapi-sqla", "fastapi-sqla", "fastapi", "with_fastapi_sqla:fastapi"),
+        ("FastSQLA", "fastsqla", "fastapi", "with_fastsqla:fastapi"),
+        ("Advanced Alchemy", "advanced-alchemy", "fastapi", "with_advanced_alchemy:fastapi"),
+    )
 ]
 
 
-def find(build: str) -> Contender:
-    """The contender that `build` names."""
-    return next(contender for contender in CONTENDERS if contender.build == build)
+def hand_written(environment: str, host: str) -> Contender:
+    """What the contenders of an environment are compared with."""
+    return Contender(HAND_WRITTEN, f"hand_written:{host}", environment, host)

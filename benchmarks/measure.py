@@ -1,0 +1,320 @@
+"""The cases: what is asked of the workers, in which order, and what becomes of the answers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from statistics import median
+
+from benchmarks.contenders import HAND_WRITTEN, Contender, hand_written
+from benchmarks.environments import python_of
+from benchmarks.processes import Remote, WorkerError, worker
+from benchmarks.results import Row
+from benchmarks.statistics import Ratio, ratio
+
+#: One request after the other, in process: the endpoint has the case's name.
+SEQUENTIAL = ("nothing", "select", "insert", "mixed", "service")
+CASES = (*SEQUENTIAL, "pool", "growth", "memory", "sockets", "instructions", "resident")
+
+POOL_SIZE = 10
+IN_FLIGHT = 500  # requests of the case `pool`
+LEVELS = (1, 10, 100, 500, 1000, 2000)  # requests in flight of the case `growth`
+CONNECTIONS = 32  # of the case `sockets`
+
+#: `pool` and `growth` have more requests than connections, and they wait for their turn.
+ENGINE = {"pool_size": POOL_SIZE, "max_overflow": 0, "pool_timeout": 60}
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a run takes.
+
+    Attributes:
+        rounds: of the sequential cases; the others have a quarter of them.
+        seconds: for which the hand-written code runs in each.
+        requests: after which the memory is looked at again.
+    """
+
+    rounds: int
+    seconds: float
+    requests: int
+
+
+FULL = Effort(rounds=24, seconds=0.2, requests=100_000)
+QUICK = Effort(rounds=4, seconds=0.03, requests=2_000)
+
+
+@dataclass
+class Entrant:
+    """An application in a worker, and what its rounds have given."""
+
+    contender: Contender
+    again: bool
+    remote: Remote
+    values: dict[str, list[float]] = field(default_factory=dict)
+    error: str = ""  # in this case
+    broken: str = ""  # did not even start
+    port: int = 0
+
+    @property
+    def app(self) -> str:
+        """What the worker calls it."""
+        return f"{self.contender.build}{' again' * self.again}"
+
+
+Measure = Callable[[Entrant], Awaitable[dict[str, float]]]
+
+
+@asynccontextmanager
+async def entrants(
+    contenders: Iterable[Contender], host: str, url: str
+) -> AsyncIterator[list[Entrant]]:
+    """All of one host, each environment in a process of its own, started and ready.
+
+    In each environment the hand-written code comes first, and its second copy.
+    """
+    mine = [contender for contender in contenders if contender.host == host]
+    async with AsyncExitStack() as stack:
+        ready = []
+        for environment, group in groupby(mine, lambda contender: contender.environment):
+            remote = await stack.enter_async_context(worker(python_of(environment)))
+            baseline = hand_written(environment, host)
+            for contender, again in [
+                (baseline, False),
+                (baseline, True),
+                *((contender, False) for contender in group),
+            ]:
+                entrant = Entrant(contender, again, remote)
+                await _try(entrant, load(entrant, url))
+                entrant.broken = entrant.error
+                ready.append(entrant)
+        yield ready
+
+
+async def load(entrant: Entrant, url: str) -> None:
+    """Have the entrant's application started."""
+    await entrant.remote.ask(
+        "load",
+        app=entrant.app,
+        contender=list(entrant.contender),
+        url=url,
+        engine_kwargs=ENGINE,
+    )
+
+
+async def _try(entrant: Entrant, doing: Awaitable[dict[str, float] | None]) -> dict[str, float]:
+    """What it gives, or nothing: one that fails is out, and the others go on."""
+    try:
+        return await doing or {}
+    except WorkerError as error:
+        entrant.error = str(error)
+        return {}
+
+
+async def rounds(
+    ready: list[Entrant], measure: Measure, *, repeat: int, shuffle: random.Random
+) -> None:
+    """Measure all entrants in random order, again and again; the first round does not count."""
+    for entrant in ready:
+        entrant.values.clear()
+        entrant.error = entrant.broken
+    for number in range(repeat + 1):
+        for entrant in shuffle.sample(ready, len(ready)):
+            if not entrant.error:
+                found = await _try(entrant, measure(entrant))
+                for name, value in found.items() if number else ():
+                    entrant.values.setdefault(name, []).append(value)
+
+
+def rows(ready: list[Entrant], case: str, database: str, concurrency: int = 1) -> list[Row]:
+    """What the rounds of all entrants say, each against the hand-written code beside it."""
+    found = []
+    for environment, group in groupby(ready, lambda entrant: entrant.contender.environment):
+        baseline, again, *others = group
+        for entrant in (baseline, again, *others):
+            row = Row(
+                case,
+                database,
+                entrant.contender.host,
+                environment,
+                entrant.contender.name,
+                concurrency,
+                entrant.again,
+                {name: median(values) for name, values in entrant.values.items()},
+                error=entrant.error or baseline.error or again.error,
+            )
+            for name in () if row.error else row.values:
+                row.ratios[name], row.null[name] = (
+                    ratio(one.values[name], baseline.values[name]) for one in (entrant, again)
+                )
+            found.append(row)
+    return found
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the cases need to know besides their entrants."""
+
+    effort: Effort
+    database: str
+    shuffle: random.Random
+    load: Remote
+
+    async def compare(
+        self,
+        ready: list[Entrant],
+        case: str,
+        measure: Measure,
+        concurrency: int = 1,
+        fewer: int = 1,
+    ) -> list[Row]:
+        """Measure, in `fewer` times fewer rounds than the sequential cases have."""
+        repeat = max(1, self.effort.rounds // fewer)
+        await rounds(ready, measure, repeat=repeat, shuffle=self.shuffle)
+        return rows(ready, case, self.database, concurrency)
+
+    async def count(self, ready: list[Entrant], endpoint: str) -> int:
+        """How many requests the hand-written code answers in the seconds of a round."""
+        for count in (20, 100):  # the first ones have connections to open
+            found = await run(endpoint, count)(ready[0])
+        return max(10, round(self.effort.seconds / found["wall"]))
+
+
+def run(endpoint: str, count: int, concurrency: int = 1) -> Measure:
+    """In process, without HTTP."""
+
+    async def measure(entrant: Entrant) -> dict[str, float]:
+        found: dict[str, float] = await entrant.remote.ask(
+            "run", app=entrant.app, endpoint=endpoint, count=count, concurrency=concurrency
+        )
+        return found
+
+    return measure
+
+
+async def sequential(ready: list[Entrant], case: str, conditions: Conditions) -> list[Row]:
+    """One request after the other; the case has the endpoint's name."""
+    count = await conditions.count(ready, case)
+    return await conditions.compare(ready, case, run(case, count))
+
+
+async def pool(ready: list[Entrant], case: str, conditions: Conditions) -> list[Row]:
+    """Fifty times as many requests in flight as there are connections."""
+    measure = run("select", 2 * IN_FLIGHT, IN_FLIGHT)
+    return await conditions.compare(ready, case, measure, IN_FLIGHT, fewer=4)
+
+
+async def growth(ready: list[Entrant], case: str, conditions: Conditions) -> list[Row]:
+    """More and more requests in flight."""
+    count = await conditions.count(ready, "select")
+    found = []
+    for level in LEVELS:
+        measure = run("select", max(count, level), level)
+        found += await conditions.compare(ready, case, measure, level, fewer=4)
+    return found
+
+
+async def memory(ready: list[Entrant], case: str, conditions: Conditions) -> list[Row]:
+    """What one request allocates at the most, and what it leaves."""
+
+    def allocate(endpoint: str) -> Measure:
+        async def measure(entrant: Entrant) -> dict[str, float]:
+            found: dict[str, float] = await entrant.remote.ask(
+                "memory", app=entrant.app, endpoint=endpoint, count=25
+            )
+            return found
+
+        return measure
+
+    found = []
+    for endpoint in ("nothing", "select", "insert"):
+        found += await conditions.compare(ready, f"{case} {endpoint}", allocate(endpoint), fewer=8)
+    return found
+
+
+async def sockets(ready: list[Entrant], case: str, conditions: Conditions) -> list[Row]:
+    """uvicorn in the worker's process, and the load from another one."""
+
+    def load(endpoint: str, count: int) -> Measure:
+        async def measure(entrant: Entrant) -> dict[str, float]:
+            if not entrant.port:
+                entrant.port = await entrant.remote.ask("serve", app=entrant.app)
+            before = await entrant.remote.ask("cpu")
+            found: dict[str, float] = await conditions.load.ask(
+                "fire",
+                port=entrant.port,
+                endpoint=endpoint,
+                count=count,
+                connections=CONNECTIONS,
+            )
+            return {**found, "cpu": (await entrant.remote.ask("cpu") - before) / count}
+
+        return measure
+
+    found = []
+    for endpoint in ("nothing", "select", "insert"):
+        count = max(8 * CONNECTIONS, await conditions.count(ready, endpoint))
+        found += await conditions.compare(
+            ready, f"{case} {endpoint}", load(endpoint, min(count, 2000)), fewer=4
+        )
+    return found
+
+
+async def instructions(url: str, database: str) -> list[Row]:
+    """Python's own instructions: exact, so one look is enough."""
+    async with worker(python_of("repom")) as remote:
+        found = await remote.ask("instructions", url=url)
+    return [
+        Row(
+            f"instructions {case}",
+            database,
+            "asgi",
+            "repom",
+            contender,
+            values=values,
+            ratios={
+                name: Ratio(*[round(value / by[HAND_WRITTEN][name], 4)] * 3)
+                for name, value in values.items()
+                if by[HAND_WRITTEN][name]
+            },
+        )
+        for case, by in found.items()
+        for contender, values in by.items()
+    ]
+
+
+async def resident(
+    contenders: Iterable[Contender], url: str, database: str, effort: Effort
+) -> list[Row]:
+    """The memory of a process that serves many requests; each contender has its own."""
+    found = []
+    for contender in (hand_written("repom", "fastapi"), *contenders):
+        if contender.host != "fastapi":
+            continue
+        async with worker(python_of(contender.environment)) as remote:
+            entrant = Entrant(contender, False, remote)
+            row = Row("resident", database, "fastapi", contender.environment, contender.name)
+            early = effort.requests // 10
+            try:
+                await load(entrant, url)
+                await run("select", early)(entrant)
+                row.values["early"] = await remote.ask("resident")
+                await run("select", effort.requests - early)(entrant)
+                row.values["late"] = await remote.ask("resident")
+            except WorkerError as error:
+                row.error = str(error)
+            found.append(row)
+    return found
+
+
+#: The cases in which entrants are compared, in this order: served ones are not quite idle.
+COMPARED = {
+    **dict.fromkeys(SEQUENTIAL, sequential),
+    "pool": pool,
+    "growth": growth,
+    "memory": memory,
+    "sockets": sockets,
+}
