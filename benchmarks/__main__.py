@@ -30,7 +30,7 @@ async def run(options: argparse.Namespace) -> Results:
         for contender in CONTENDERS
         if environments.is_there(contender.environment) and _is_wanted(contender, options)
     ]
-    results = Results(about(), {})
+    results = Results(about() | {"effort": "quick" if options.quick else "full"}, {})
     for name in dict.fromkeys(contender.environment for contender in contenders):
         async with worker(python_of(name)) as remote:
             results.environments[name] = await remote.ask("versions")
@@ -50,13 +50,21 @@ async def run(options: argparse.Namespace) -> Results:
                             continue
                         tell(f"{database}, {host}: {case}")
                         results.rows += await compare(ready, case, conditions)
+                        save(results, options)
             if "instructions" in options.case:
                 tell(f"{database}: instructions")
-                results.rows += await measure.instructions(url, database)
+                results.rows += await measure.instructions(url, database, effort)
             if "resident" in options.case and not number:
                 tell(f"{database}: resident")
                 results.rows += await measure.resident(contenders, url, database, effort)
+            save(results, options)
     return results
+
+
+def save(results: Results, options: argparse.Namespace) -> None:
+    """Keep what there is: a run takes more than an hour."""
+    if options.write:
+        results.write(RESULTS)
 
 
 def _is_wanted(contender: Contender, options: argparse.Namespace) -> bool:
@@ -108,12 +116,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Run, print the tables, and write them to docs/ if nothing was left out."""
     options = arguments()
-    if options.report:
-        results = Results.read(RESULTS)
-    else:
-        results = asyncio.run(run(options))
-        if options.write:
-            results.write(RESULTS)
+    results = Results.read(RESULTS) if options.report else asyncio.run(run(options))
     print(report.text(results))
     if options.write:
         report.write(results, DOCS)

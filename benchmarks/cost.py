@@ -24,11 +24,13 @@ from benchmarks import databases
 from benchmarks.client import Request, started
 from benchmarks.contenders import CONTENDERS, HAND_WRITTEN, hand_written
 from benchmarks.hosts import ASGIApp
-from repom.async_session import convert_to_async_uri
 
 #: Hand-written code and repom, on the bare host: nothing else is in the count.
 REPOM = "repom"
-_REPOM = next(found for found in CONTENDERS if found.name == REPOM and found.host == "asgi")
+COMPARED = (
+    hand_written("repom", "asgi"),
+    next(found for found in CONTENDERS if found.name == REPOM and found.host == "asgi"),
+)
 CASES = ("nothing", "select", "insert")
 
 STORED = Path(__file__).with_name("cost.json")
@@ -99,7 +101,7 @@ async def costs(url: str) -> dict[str, dict[str, Cost]]:
     """By case and contender, for the filled database at `url`."""
     found: dict[str, dict[str, Cost]] = {case: {} for case in CASES}
     async with AsyncExitStack() as stack:
-        for contender in (hand_written("repom", "asgi"), _REPOM):
+        for contender in COMPARED:
             app = contender.app(url, {})
             state = await stack.enter_async_context(started(app))
             for case in CASES:
@@ -153,6 +155,8 @@ async def main() -> None:
     )
     options = parser.parse_args()
     if options.url:
+        from repom.async_session import convert_to_async_uri
+
         url = convert_to_async_uri(options.url)
         await databases.fill(url)
         print(json.dumps(ratios(await costs(url))))

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from statistics import median
 
+from benchmarks import cost, machine
 from benchmarks.contenders import HAND_WRITTEN, Contender, hand_written
 from benchmarks.environments import python_of
 from benchmarks.processes import Remote, WorkerError, worker
 from benchmarks.results import Row
-from benchmarks.statistics import Ratio, ratio
+from benchmarks.statistics import exactly, ratio
 
 #: One request after the other, in process: the endpoint has the case's name.
 SEQUENTIAL = ("nothing", "select", "insert", "mixed", "service")
@@ -21,7 +22,6 @@ CASES = (*SEQUENTIAL, "pool", "growth", "memory", "sockets", "instructions", "re
 
 POOL_SIZE = 10
 IN_FLIGHT = 500  # requests of the case `pool`
-LEVELS = (1, 10, 100, 500, 1000, 2000)  # requests in flight of the case `growth`
 CONNECTIONS = 32  # of the case `sockets`
 
 #: `pool` and `growth` have more requests than connections, and they wait for their turn.
@@ -36,15 +36,21 @@ class Effort:
         rounds: of the sequential cases; the others have a quarter of them.
         seconds: for which the hand-written code runs in each.
         requests: after which the memory is looked at again.
+        traced: requests whose memory is traced.
+        levels: requests in flight in the case `growth`.
+        machine: whether machine instructions are counted too, which takes minutes.
     """
 
     rounds: int
     seconds: float
     requests: int
+    traced: int
+    levels: tuple[int, ...]
+    machine: bool
 
 
-FULL = Effort(rounds=24, seconds=0.2, requests=100_000)
-QUICK = Effort(rounds=4, seconds=0.03, requests=2_000)
+FULL = Effort(20, 0.15, 100_000, 100, (1, 10, 100, 500, 1000, 2000), machine=True)
+QUICK = Effort(2, 0.02, 1_000, 8, (1, 500), machine=False)
 
 
 @dataclass
@@ -146,7 +152,8 @@ def rows(ready: list[Entrant], case: str, database: str, concurrency: int = 1) -
                 {name: median(values) for name, values in entrant.values.items()},
                 error=entrant.error or baseline.error or again.error,
             )
-            for name in () if row.error else row.values:
+            # What is left behind is nothing, or nearly, and has no ratio.
+            for name in () if row.error else row.values.keys() - {"left"}:
                 row.ratios[name], row.null[name] = (
                     ratio(one.values[name], baseline.values[name]) for one in (entrant, again)
                 )
@@ -203,7 +210,7 @@ async def sequential(ready: list[Entrant], case: str, conditions: Conditions) ->
 
 async def pool(ready: list[Entrant], case: str, conditions: Conditions) -> list[Row]:
     """Fifty times as many requests in flight as there are connections."""
-    measure = run("select", 2 * IN_FLIGHT, IN_FLIGHT)
+    measure = run("select", IN_FLIGHT, IN_FLIGHT)
     return await conditions.compare(ready, case, measure, IN_FLIGHT, fewer=4)
 
 
@@ -211,9 +218,9 @@ async def growth(ready: list[Entrant], case: str, conditions: Conditions) -> lis
     """More and more requests in flight."""
     count = await conditions.count(ready, "select")
     found = []
-    for level in LEVELS:
+    for level in conditions.effort.levels:
         measure = run("select", max(count, level), level)
-        found += await conditions.compare(ready, case, measure, level, fewer=4)
+        found += await conditions.compare(ready, case, measure, level, fewer=6)
     return found
 
 
@@ -223,7 +230,10 @@ async def memory(ready: list[Entrant], case: str, conditions: Conditions) -> lis
     def allocate(endpoint: str) -> Measure:
         async def measure(entrant: Entrant) -> dict[str, float]:
             found: dict[str, float] = await entrant.remote.ask(
-                "memory", app=entrant.app, endpoint=endpoint, count=25
+                "memory",
+                app=entrant.app,
+                endpoint=endpoint,
+                count=conditions.effort.traced,
             )
             return found
 
@@ -231,7 +241,7 @@ async def memory(ready: list[Entrant], case: str, conditions: Conditions) -> lis
 
     found = []
     for endpoint in ("nothing", "select", "insert"):
-        found += await conditions.compare(ready, f"{case} {endpoint}", allocate(endpoint), fewer=8)
+        found += await conditions.compare(ready, f"{case} {endpoint}", allocate(endpoint), fewer=10)
     return found
 
 
@@ -263,11 +273,11 @@ async def sockets(ready: list[Entrant], case: str, conditions: Conditions) -> li
     return found
 
 
-async def instructions(url: str, database: str) -> list[Row]:
-    """Python's own instructions: exact, so one look is enough."""
+async def instructions(url: str, database: str, effort: Effort) -> list[Row]:
+    """Python's own instructions, and the machine's, for repom and the same code by hand."""
     async with worker(python_of("repom")) as remote:
         found = await remote.ask("instructions", url=url)
-    return [
+    counted = [
         Row(
             f"instructions {case}",
             database,
@@ -276,7 +286,7 @@ async def instructions(url: str, database: str) -> list[Row]:
             contender,
             values=values,
             ratios={
-                name: Ratio(*[round(value / by[HAND_WRITTEN][name], 4)] * 3)
+                name: exactly(value / by[HAND_WRITTEN][name])
                 for name, value in values.items()
                 if by[HAND_WRITTEN][name]
             },
@@ -284,6 +294,17 @@ async def instructions(url: str, database: str) -> list[Row]:
         for case, by in found.items()
         for contender, values in by.items()
     ]
+    if effort.machine and machine.is_there():
+        for hand, repom in zip(counted[::2], counted[1::2], strict=True):
+            case = hand.case.split()[1]
+            first, again, ours = [
+                await machine.instructions(python_of("repom"), contender, url, case)
+                for contender in (cost.COMPARED[0], *cost.COMPARED)
+            ]
+            hand.values["machine"], repom.values["machine"] = first, ours
+            repom.ratios["machine"] = exactly(ours / first)
+            repom.null["machine"] = exactly(again / first)
+    return counted
 
 
 async def resident(

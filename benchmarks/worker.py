@@ -103,16 +103,17 @@ class Worker:
         tracemalloc.start()
         try:
             await run_requests(application, endpoint, count, 1, state)
-            peaks = []
             gc.collect()
             before = tracemalloc.get_traced_memory()[0]
-            for _ in range(count):
+            await run_requests(application, endpoint, count, 1, state)
+            gc.collect()
+            left = tracemalloc.get_traced_memory()[0] - before
+            peaks = []
+            for _ in range(count // 4):
                 tracemalloc.reset_peak()
                 now = tracemalloc.get_traced_memory()[0]
                 await run_requests(application, endpoint, 1, 1, state)
                 peaks.append(tracemalloc.get_traced_memory()[1] - now)
-            gc.collect()
-            left = tracemalloc.get_traced_memory()[0] - before
         finally:
             tracemalloc.stop()
         return {"peak": median(peaks), "left": left / count}
