@@ -12,10 +12,11 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import databases, environments, measure, report
+from benchmarks import cases, databases, environments, report
+from benchmarks.cases import COMPARED, Conditions
 from benchmarks.contenders import CONTENDERS, HOSTS, Contender
+from benchmarks.entrants import entrants
 from benchmarks.environments import python_of
-from benchmarks.measure import COMPARED, Conditions
 from benchmarks.processes import worker
 from benchmarks.results import Results
 
@@ -34,7 +35,7 @@ async def run(options: argparse.Namespace) -> Results:
     for name in dict.fromkeys(contender.environment for contender in contenders):
         async with worker(python_of(name)) as remote:
             results.environments[name] = await remote.ask("versions")
-    effort = measure.QUICK if options.quick else measure.FULL
+    effort = cases.QUICK if options.quick else cases.FULL
     for number, database in enumerate(options.database):
         async with (
             databases.filled(database) as url,
@@ -43,7 +44,7 @@ async def run(options: argparse.Namespace) -> Results:
             results.about[database] = await databases.version(url)
             conditions = Conditions(effort, database, random.Random(options.seed), load)
             for host in options.host:
-                async with measure.entrants(contenders, host, url) as ready:
+                async with entrants(contenders, host, url) as ready:
                     for case, compare in COMPARED.items():
                         # The database makes no difference where none is used.
                         if not ready or case not in options.case or (case == "nothing" and number):
@@ -53,10 +54,10 @@ async def run(options: argparse.Namespace) -> Results:
                         save(results, options)
             if "instructions" in options.case:
                 tell(f"{database}: instructions")
-                results.rows += await measure.instructions(url, database, effort)
+                results.rows += await cases.instructions(url, database, effort)
             if "resident" in options.case and not number:
                 tell(f"{database}: resident")
-                results.rows += await measure.resident(contenders, url, database, effort)
+                results.rows += await cases.resident(contenders, url, database, effort)
             save(results, options)
     return results
 
@@ -96,7 +97,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="does it work? measures little")
-    parser.add_argument("--case", action="append", choices=measure.CASES)
+    parser.add_argument("--case", action="append", choices=cases.CASES)
     parser.add_argument("--database", action="append", choices=databases.KINDS)
     parser.add_argument("--host", action="append", choices=HOSTS)
     parser.add_argument("--contender", action="append", help="a part of its name")
@@ -107,7 +108,7 @@ def arguments() -> argparse.Namespace:
     options.write = not (
         options.quick or options.case or options.database or options.host or options.contender
     )
-    options.case = options.case or measure.CASES
+    options.case = options.case or cases.CASES
     options.database = options.database or databases.KINDS
     options.host = options.host or HOSTS
     return options

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -68,6 +68,29 @@ class Request:
         await app(self.scope, self.receive, self.send)
         if self.status != 200:
             raise RuntimeError(f"{self.scope['path']} was answered with {self.status}")
+
+
+class Recorded(Request):
+    """A request whose answer is kept.
+
+    Args:
+        on_start: awaited when the answer starts.
+    """
+
+    __slots__ = ("_on_start", "body")
+
+    def __init__(
+        self, endpoint: str, state: dict[str, Any], on_start: Callable[[], Awaitable[None]]
+    ) -> None:
+        super().__init__(endpoint, 0, state)
+        self._on_start = on_start
+        self.body = b""
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await self._on_start()
+        await super().send(message)
+        self.body += message.get("body", b"")
 
 
 async def run_requests(

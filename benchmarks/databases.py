@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from sqlalchemy import insert, make_url, text
+from sqlalchemy import func, insert, make_url, select, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from benchmarks.models import ROWS, Base, Item
@@ -70,6 +70,15 @@ async def version(url: str) -> str:
     await engine.dispose()
     words = str(found).split()
     return words[1] if dialect.name == "postgresql" else words[0]
+
+
+async def count_items(url: str) -> int:
+    """How many rows a new connection sees."""
+    engine = create_async_engine(url)
+    async with engine.connect() as connection:
+        count = await connection.scalar(select(func.count(Item.id)))
+    await engine.dispose()
+    return count or 0
 
 
 async def fill(url: str) -> None:

@@ -10,10 +10,10 @@ from matplotlib import pyplot as plt
 
 from benchmarks.contenders import HAND_WRITTEN
 from benchmarks.databases import KINDS
-from benchmarks.measure import POOL_SIZE
-from benchmarks.report import DATABASES, TITLES
+from benchmarks.entrants import POOL_SIZE
 from benchmarks.results import Results, Row
 from benchmarks.statistics import spread
+from benchmarks.tables import DATABASES, TITLES
 
 mpl.rcParams.update(
     {

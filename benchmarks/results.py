@@ -16,6 +16,7 @@ class Row:
 
     Attributes:
         case: as `--case` has it, and the endpoint where that is another word.
+        answers_first: it answers before it has committed.
         again: it is the second copy of the hand-written code.
         values: medians over the rounds, in seconds and bytes for one request.
         ratios: of the values, to those of the hand-written code of the same process.
@@ -30,6 +31,7 @@ class Row:
     contender: str
     concurrency: int = 1
     again: bool = False
+    answers_first: bool = False
     values: dict[str, float] = field(default_factory=dict)
     ratios: dict[str, Ratio] = field(default_factory=dict)
     null: dict[str, Ratio] = field(default_factory=dict)

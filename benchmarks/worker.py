@@ -11,7 +11,6 @@ import gc
 import json
 import os
 import resource
-import socket
 import sys
 import time
 import tracemalloc
@@ -21,9 +20,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.client import run_requests, started
+from benchmarks.client import Recorded, run_requests, started
 from benchmarks.contenders import Contender
-from benchmarks.hosts import ASGIApp
+from benchmarks.databases import count_items
+from benchmarks.hosts import ASGIApp, Endpoints
 from benchmarks.load import fire
 
 
@@ -45,6 +45,28 @@ class Worker:
         """Build the contender's application and start it; it is called `app` from now on."""
         built = Contender(*contender).app(url, engine_kwargs)
         self._apps[app] = built, await self._stack.enter_async_context(started(built))
+
+    async def answers(self, app: str, url: str) -> list[Any]:
+        """What the application answers in each case, and the rows that its INSERT has added.
+
+        Those are counted twice: when it starts to answer, and when it has returned.
+        """
+        application, state = self._apps[app]
+        found, counts = {}, []
+
+        async def count() -> None:
+            counts.append(await count_items(url))
+
+        for endpoint in Endpoints._fields:
+            request = Recorded(endpoint, state, count)
+            counts.clear()
+            await count()
+            await request.run(application)
+            found[endpoint] = json.loads(request.body)
+            if endpoint == "insert":
+                await count()
+                before, at_start, after = counts
+        return [found, at_start - before, after - before]
 
     async def run(
         self, app: str, endpoint: str, count: int, concurrency: int = 1
@@ -73,19 +95,27 @@ class Worker:
         """Serve the application by uvicorn, until this process ends; the port."""
         import uvicorn
 
-        listener = socket.create_server(("127.0.0.1", 0))
+        # It takes the port itself: on a socket made by `socket.create_server` asyncio sets no
+        # TCP_NODELAY, and every answer in two parts would take 40 ms.
         config = uvicorn.Config(
-            self._apps[app][0], lifespan="off", log_level="warning", access_log=False
+            self._apps[app][0],
+            host="127.0.0.1",
+            port=0,
+            lifespan="off",
+            log_level="warning",
+            access_log=False,
         )
         server = uvicorn.Server(config)
-        serving = asyncio.create_task(server.serve([listener]))
+        serving = asyncio.create_task(server.serve())
+        while not server.started and not serving.done():  # noqa: ASYNC110 - has no event
+            await asyncio.sleep(0.01)
 
         async def stop() -> None:
             server.should_exit = True
             await serving
 
         self._stack.push_async_callback(stop)
-        port: int = listener.getsockname()[1]
+        port: int = server.servers[0].sockets[0].getsockname()[1]
         return port
 
     async def cpu(self) -> float:

@@ -1,31 +1,25 @@
-"""The cases: what is asked of the workers, in which order, and what becomes of the answers."""
+"""The cases: what is asked of the workers, and in how many rounds."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
-from itertools import groupby
-from statistics import median
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from benchmarks import cost, machine
 from benchmarks.contenders import HAND_WRITTEN, Contender, hand_written
+from benchmarks.entrants import Entrant, Measure, Values, load, rounds, rows
 from benchmarks.environments import python_of
 from benchmarks.processes import Remote, WorkerError, worker
 from benchmarks.results import Row
-from benchmarks.statistics import exactly, ratio
+from benchmarks.statistics import exactly
 
 #: One request after the other, in process: the endpoint has the case's name.
 SEQUENTIAL = ("nothing", "select", "insert", "mixed", "service")
 CASES = (*SEQUENTIAL, "pool", "growth", "memory", "sockets", "instructions", "resident")
 
-POOL_SIZE = 10
 IN_FLIGHT = 500  # requests of the case `pool`
 CONNECTIONS = 32  # of the case `sockets`
-
-#: `pool` and `growth` have more requests than connections, and they wait for their turn.
-ENGINE = {"pool_size": POOL_SIZE, "max_overflow": 0, "pool_timeout": 60}
 
 
 @dataclass(frozen=True)
@@ -51,114 +45,6 @@ class Effort:
 
 FULL = Effort(20, 0.15, 100_000, 100, (1, 10, 100, 500, 1000, 2000), machine=True)
 QUICK = Effort(2, 0.02, 1_000, 8, (1, 500), machine=False)
-
-
-@dataclass
-class Entrant:
-    """An application in a worker, and what its rounds have given."""
-
-    contender: Contender
-    again: bool
-    remote: Remote
-    values: dict[str, list[float]] = field(default_factory=dict)
-    error: str = ""  # in this case
-    broken: str = ""  # did not even start
-    port: int = 0
-
-    @property
-    def app(self) -> str:
-        """What the worker calls it."""
-        return f"{self.contender.build}{' again' * self.again}"
-
-
-Measure = Callable[[Entrant], Awaitable[dict[str, float]]]
-
-
-@asynccontextmanager
-async def entrants(
-    contenders: Iterable[Contender], host: str, url: str
-) -> AsyncIterator[list[Entrant]]:
-    """All of one host, each environment in a process of its own, started and ready.
-
-    In each environment the hand-written code comes first, and its second copy.
-    """
-    mine = [contender for contender in contenders if contender.host == host]
-    async with AsyncExitStack() as stack:
-        ready = []
-        for environment, group in groupby(mine, lambda contender: contender.environment):
-            remote = await stack.enter_async_context(worker(python_of(environment)))
-            baseline = hand_written(environment, host)
-            for contender, again in [
-                (baseline, False),
-                (baseline, True),
-                *((contender, False) for contender in group),
-            ]:
-                entrant = Entrant(contender, again, remote)
-                await _try(entrant, load(entrant, url))
-                entrant.broken = entrant.error
-                ready.append(entrant)
-        yield ready
-
-
-async def load(entrant: Entrant, url: str) -> None:
-    """Have the entrant's application started."""
-    await entrant.remote.ask(
-        "load",
-        app=entrant.app,
-        contender=list(entrant.contender),
-        url=url,
-        engine_kwargs=ENGINE,
-    )
-
-
-async def _try(entrant: Entrant, doing: Awaitable[dict[str, float] | None]) -> dict[str, float]:
-    """What it gives, or nothing: one that fails is out, and the others go on."""
-    try:
-        return await doing or {}
-    except WorkerError as error:
-        entrant.error = str(error)
-        return {}
-
-
-async def rounds(
-    ready: list[Entrant], measure: Measure, *, repeat: int, shuffle: random.Random
-) -> None:
-    """Measure all entrants in random order, again and again; the first round does not count."""
-    for entrant in ready:
-        entrant.values.clear()
-        entrant.error = entrant.broken
-    for number in range(repeat + 1):
-        for entrant in shuffle.sample(ready, len(ready)):
-            if not entrant.error:
-                found = await _try(entrant, measure(entrant))
-                for name, value in found.items() if number else ():
-                    entrant.values.setdefault(name, []).append(value)
-
-
-def rows(ready: list[Entrant], case: str, database: str, concurrency: int = 1) -> list[Row]:
-    """What the rounds of all entrants say, each against the hand-written code beside it."""
-    found = []
-    for environment, group in groupby(ready, lambda entrant: entrant.contender.environment):
-        baseline, again, *others = group
-        for entrant in (baseline, again, *others):
-            row = Row(
-                case,
-                database,
-                entrant.contender.host,
-                environment,
-                entrant.contender.name,
-                concurrency,
-                entrant.again,
-                {name: median(values) for name, values in entrant.values.items()},
-                error=entrant.error or baseline.error or again.error,
-            )
-            # What is left behind is nothing, or nearly, and has no ratio.
-            for name in () if row.error else row.values.keys() - {"left"}:
-                row.ratios[name], row.null[name] = (
-                    ratio(one.values[name], baseline.values[name]) for one in (entrant, again)
-                )
-            found.append(row)
-    return found
 
 
 @dataclass(frozen=True)
@@ -193,8 +79,8 @@ class Conditions:
 def run(endpoint: str, count: int, concurrency: int = 1) -> Measure:
     """In process, without HTTP."""
 
-    async def measure(entrant: Entrant) -> dict[str, float]:
-        found: dict[str, float] = await entrant.remote.ask(
+    async def measure(entrant: Entrant) -> Values:
+        found: Values = await entrant.remote.ask(
             "run", app=entrant.app, endpoint=endpoint, count=count, concurrency=concurrency
         )
         return found
@@ -228,8 +114,8 @@ async def memory(ready: list[Entrant], case: str, conditions: Conditions) -> lis
     """What one request allocates at the most, and what it leaves."""
 
     def allocate(endpoint: str) -> Measure:
-        async def measure(entrant: Entrant) -> dict[str, float]:
-            found: dict[str, float] = await entrant.remote.ask(
+        async def measure(entrant: Entrant) -> Values:
+            found: Values = await entrant.remote.ask(
                 "memory",
                 app=entrant.app,
                 endpoint=endpoint,
@@ -248,12 +134,12 @@ async def memory(ready: list[Entrant], case: str, conditions: Conditions) -> lis
 async def sockets(ready: list[Entrant], case: str, conditions: Conditions) -> list[Row]:
     """uvicorn in the worker's process, and the load from another one."""
 
-    def load(endpoint: str, count: int) -> Measure:
-        async def measure(entrant: Entrant) -> dict[str, float]:
+    def fire(endpoint: str, count: int) -> Measure:
+        async def measure(entrant: Entrant) -> Values:
             if not entrant.port:
                 entrant.port = await entrant.remote.ask("serve", app=entrant.app)
             before = await entrant.remote.ask("cpu")
-            found: dict[str, float] = await conditions.load.ask(
+            found: Values = await conditions.load.ask(
                 "fire",
                 port=entrant.port,
                 endpoint=endpoint,
@@ -268,7 +154,7 @@ async def sockets(ready: list[Entrant], case: str, conditions: Conditions) -> li
     for endpoint in ("nothing", "select", "insert"):
         count = max(8 * CONNECTIONS, await conditions.count(ready, endpoint))
         found += await conditions.compare(
-            ready, f"{case} {endpoint}", load(endpoint, min(count, 2000)), fewer=4
+            ready, f"{case} {endpoint}", fire(endpoint, min(count, 2000)), fewer=4
         )
     return found
 

@@ -1,16 +1,15 @@
 """What a request through repom costs, counted: it does not grow unnoticed.
 
 Counted are Python's own instructions and the turns of the event loop, by `benchmarks.cost`, of a
-request through repom and of the same one written by hand. Both are exact, so no machine is too slow
-or too busy for these tests. What they may cost is in `benchmarks/cost.json`; where a change is worth
-its price, `python -m benchmarks.cost --update` writes the new one. Seconds are measured by
-`make bench`.
+request through repom and of the same one written by hand. Both are exact, so no machine is too
+slow or too busy for these tests. What a request may cost is in `benchmarks/cost.json`; where a
+change is worth its price, `python -m benchmarks.cost --update` writes the new one down. Seconds
+are measured by `make bench`.
 """
 
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from sqlalchemy.engine import make_url
@@ -43,7 +42,7 @@ def counted(database_url: str) -> dict[str, dict[str, float]]:
     """The ratios now, counted in a process where nothing else runs: no debug mode, no coverage."""
     run = subprocess.run(
         [sys.executable, "-E", "-m", "benchmarks.cost", "--url", database_url],
-        cwd=Path(__file__).parent.parent,
+        cwd=cost.STORED.parent.parent,
         stdout=subprocess.PIPE,
         text=True,
         check=True,
