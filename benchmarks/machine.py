@@ -25,7 +25,7 @@ from benchmarks.cost import COMPARED
 
 #: How many requests are few, and how many are many. Without a database they are cheap.
 _COUNTS = {"nothing": (200, 2200)}
-_DATABASE_COUNTS = (50, 250)
+_DATABASE_COUNTS = (20, 120)
 
 
 def is_there() -> bool:
