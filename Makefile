@@ -48,6 +48,11 @@ lint: $(VENV)/.test,users,lint  ## style and types
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
+.PHONY: bench
+bench:  ## repom against hand-written code and its peers; ARGS=--quick tries whether it runs
+	@'$(PYTHON)' -m benchmarks.environments
+	.venv-bench-runner/bin/python -m benchmarks $(ARGS)
+
 .PHONY: docs
 docs: $(VENV)/.docs  ## the documentation as HTML
 	$(VENV)/bin/sphinx-build --fail-on-warning --quiet docs docs/_build
@@ -77,6 +82,12 @@ $(COMBINATIONS):
 		$(environment)/bin/python -X dev -W error -m pytest $(WORKERS) --quiet $(ARGS); \
 	fi
 comma := ,
+
+.PHONY: costs
+costs:  ## write down what a request costs, in each environment that `make test-all` has made
+	@for environment in $(wildcard $(addprefix .venv-,$(COMBINATIONS))); do \
+		echo "== $$environment" && $$environment/bin/python -m benchmarks.cost --update || exit 1; \
+	done
 
 .PHONY: help
 help:  ## this list

@@ -8,7 +8,7 @@ release = version = installed_version("repom")
 
 extensions = ["myst_parser"]
 source_suffix = {".md": "markdown"}
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "_benchmarks"]  # the latter is included by benchmarks.md
 
 myst_heading_anchors = 3  # so that links to `page.md#heading` work here as on GitHub
 

@@ -1,0 +1,127 @@
+"""The whole comparison: `make bench`, or `.venv-bench-runner/bin/python -m benchmarks`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import platform
+import random
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from benchmarks import cases, databases, environments, report
+from benchmarks.cases import COMPARED, Conditions
+from benchmarks.contenders import CONTENDERS, HOSTS, Contender
+from benchmarks.entrants import entrants
+from benchmarks.environments import python_of
+from benchmarks.processes import worker
+from benchmarks.results import Results
+
+RESULTS = Path(__file__).with_name("results.json")
+DOCS = environments.ROOT / "docs"
+
+
+async def run(options: argparse.Namespace) -> Results:
+    """Measure everything that was asked for."""
+    contenders = [
+        contender
+        for contender in CONTENDERS
+        if environments.is_there(contender.environment) and _is_wanted(contender, options)
+    ]
+    results = Results(about() | {"effort": "quick" if options.quick else "full"}, {})
+    for name in dict.fromkeys(contender.environment for contender in contenders):
+        async with worker(python_of(name)) as remote:
+            results.environments[name] = await remote.ask("versions")
+    effort = cases.QUICK if options.quick else cases.FULL
+    for number, database in enumerate(options.database):
+        async with (
+            databases.filled(database) as url,
+            worker(Path(sys.executable)) as load,
+        ):
+            results.about[database] = await databases.version(url)
+            conditions = Conditions(effort, database, random.Random(options.seed), load)
+            for host in options.host:
+                async with entrants(contenders, host, url) as ready:
+                    for case, compare in COMPARED.items():
+                        # The database makes no difference where none is used.
+                        if not ready or case not in options.case or (case == "nothing" and number):
+                            continue
+                        tell(f"{database}, {host}: {case}")
+                        results.rows += await compare(ready, case, conditions)
+                        save(results, options)
+            if "instructions" in options.case:
+                tell(f"{database}: instructions")
+                results.rows += await cases.instructions(url, database, effort)
+            if "resident" in options.case and not number:
+                tell(f"{database}: resident")
+                results.rows += await cases.resident(contenders, url, database, effort)
+            save(results, options)
+    return results
+
+
+def save(results: Results, options: argparse.Namespace) -> None:
+    """Keep what there is: a run takes more than an hour."""
+    if options.write:
+        results.write(RESULTS)
+
+
+def _is_wanted(contender: Contender, options: argparse.Namespace) -> bool:
+    wanted: list[str] = options.contender
+    return not wanted or any(word.lower() in contender.name.lower() for word in wanted)
+
+
+def about() -> dict[str, str]:
+    """When and where."""
+    processor = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as lines:
+            processor = next(
+                (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+                processor,
+            )
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "machine": f"{processor}, {os.cpu_count()} cores, {platform.system()}",
+    }
+
+
+def tell(what: str) -> None:
+    """Say where the run is."""
+    print(f"{time.strftime('%H:%M:%S')}  {what}", file=sys.stderr, flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="does it work? measures little")
+    parser.add_argument("--case", action="append", choices=cases.CASES)
+    parser.add_argument("--database", action="append", choices=databases.KINDS)
+    parser.add_argument("--host", action="append", choices=HOSTS)
+    parser.add_argument("--contender", action="append", help="a part of its name")
+    parser.add_argument("--seed", type=int, default=0, help="of the order in the rounds")
+    parser.add_argument("--report", action="store_true", help="only write the report again")
+    options = parser.parse_args()
+    # What has measured everything, with time, is written to docs/.
+    options.write = not (
+        options.quick or options.case or options.database or options.host or options.contender
+    )
+    options.case = options.case or cases.CASES
+    options.database = options.database or databases.KINDS
+    options.host = options.host or HOSTS
+    return options
+
+
+def main() -> None:
+    """Run, print the tables, and write them to docs/ if nothing was left out."""
+    options = arguments()
+    results = Results.read(RESULTS) if options.report else asyncio.run(run(options))
+    print(report.text(results))
+    if options.write:
+        report.write(results, DOCS)
+
+
+if __name__ == "__main__":
+    main()

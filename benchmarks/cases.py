@@ -1,0 +1,227 @@
+"""The cases: what is asked of the workers, and in how many rounds."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from benchmarks import cost, machine
+from benchmarks.contenders import HAND_WRITTEN, Contender, hand_written
+from benchmarks.entrants import Entrant, Measure, Values, load, rounds, rows
+from benchmarks.environments import python_of
+from benchmarks.processes import Remote, WorkerError, worker
+from benchmarks.results import Row
+from benchmarks.statistics import exactly
+
+#: One request after the other, in process: the endpoint has the case's name.
+SEQUENTIAL = ("nothing", "select", "insert", "mixed", "service")
+CASES = (*SEQUENTIAL, "pool", "growth", "memory", "sockets", "instructions", "resident")
+
+IN_FLIGHT = 500  # requests of the case `pool`
+CONNECTIONS = 32  # of the case `sockets`
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a run takes.
+
+    Attributes:
+        rounds: of the sequential cases; the others have a quarter of them.
+        seconds: for which the hand-written code runs in each.
+        requests: after which the memory is looked at again.
+        traced: requests whose memory is traced.
+        levels: requests in flight in the case `growth`.
+        machine: whether machine instructions are counted too, which takes minutes.
+    """
+
+    rounds: int
+    seconds: float
+    requests: int
+    traced: int
+    levels: tuple[int, ...]
+    machine: bool
+
+
+FULL = Effort(20, 0.15, 100_000, 100, (1, 10, 100, 500, 1000, 2000), machine=True)
+QUICK = Effort(2, 0.02, 1_000, 8, (1, 500), machine=False)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the cases need to know besides their entrants."""
+
+    effort: Effort
+    database: str
+    shuffle: random.Random
+    load: Remote
+
+    async def compare(
+        self,
+        ready: list[Entrant],
+        case: str,
+        measure: Measure,
+        concurrency: int = 1,
+        fewer: int = 1,
+    ) -> list[Row]:
+        """Measure, in `fewer` times fewer rounds than the sequential cases have."""
+        repeat = max(1, self.effort.rounds // fewer)
+        await rounds(ready, measure, repeat=repeat, shuffle=self.shuffle)
+        return rows(ready, case, self.database, concurrency)
+
+    async def count(self, ready: list[Entrant], endpoint: str) -> int:
+        """How many requests the hand-written code answers in the seconds of a round."""
+        for count in (20, 100):  # the first ones have connections to open
+            found = await run(endpoint, count)(ready[0])
+        return max(10, round(self.effort.seconds / found["wall"]))
+
+
+def run(endpoint: str, count: int, concurrency: int = 1) -> Measure:
+    """In process, without HTTP."""
+
+    async def measure(entrant: Entrant) -> Values:
+        found: Values = await entrant.remote.ask(
+            "run", app=entrant.app, endpoint=endpoint, count=count, concurrency=concurrency
+        )
+        return found
+
+    return measure
+
+
+async def sequential(ready: list[Entrant], case: str, conditions: Conditions) -> list[Row]:
+    """One request after the other; the case has the endpoint's name."""
+    count = await conditions.count(ready, case)
+    return await conditions.compare(ready, case, run(case, count))
+
+
+async def pool(ready: list[Entrant], case: str, conditions: Conditions) -> list[Row]:
+    """Fifty times as many requests in flight as there are connections."""
+    measure = run("select", IN_FLIGHT, IN_FLIGHT)
+    return await conditions.compare(ready, case, measure, IN_FLIGHT, fewer=4)
+
+
+async def growth(ready: list[Entrant], case: str, conditions: Conditions) -> list[Row]:
+    """More and more requests in flight."""
+    count = await conditions.count(ready, "select")
+    found = []
+    for level in conditions.effort.levels:
+        measure = run("select", max(count, level), level)
+        found += await conditions.compare(ready, case, measure, level, fewer=6)
+    return found
+
+
+async def memory(ready: list[Entrant], case: str, conditions: Conditions) -> list[Row]:
+    """What one request allocates at the most, and what it leaves."""
+
+    def allocate(endpoint: str) -> Measure:
+        async def measure(entrant: Entrant) -> Values:
+            found: Values = await entrant.remote.ask(
+                "memory",
+                app=entrant.app,
+                endpoint=endpoint,
+                count=conditions.effort.traced,
+            )
+            return found
+
+        return measure
+
+    found = []
+    for endpoint in ("nothing", "select", "insert"):
+        found += await conditions.compare(ready, f"{case} {endpoint}", allocate(endpoint), fewer=10)
+    return found
+
+
+async def sockets(ready: list[Entrant], case: str, conditions: Conditions) -> list[Row]:
+    """uvicorn in the worker's process, and the load from another one."""
+
+    def fire(endpoint: str, count: int) -> Measure:
+        async def measure(entrant: Entrant) -> Values:
+            if not entrant.port:
+                entrant.port = await entrant.remote.ask("serve", app=entrant.app)
+            before = await entrant.remote.ask("cpu")
+            found: Values = await conditions.load.ask(
+                "fire",
+                port=entrant.port,
+                endpoint=endpoint,
+                count=count,
+                connections=CONNECTIONS,
+            )
+            return {**found, "cpu": (await entrant.remote.ask("cpu") - before) / count}
+
+        return measure
+
+    found = []
+    for endpoint in ("nothing", "select", "insert"):
+        count = max(8 * CONNECTIONS, await conditions.count(ready, endpoint))
+        found += await conditions.compare(
+            ready, f"{case} {endpoint}", fire(endpoint, min(count, 2000)), fewer=4
+        )
+    return found
+
+
+async def instructions(url: str, database: str, effort: Effort) -> list[Row]:
+    """Python's own instructions, and the machine's, for repom and the same code by hand."""
+    async with worker(python_of("repom")) as remote:
+        found = await remote.ask("instructions", url=url)
+    counted = [
+        Row(
+            f"instructions {case}",
+            database,
+            "asgi",
+            "repom",
+            contender,
+            values=values,
+            ratios={
+                name: exactly(value / by[HAND_WRITTEN][name])
+                for name, value in values.items()
+                if by[HAND_WRITTEN][name]
+            },
+        )
+        for case, by in found.items()
+        for contender, values in by.items()
+    ]
+    if effort.machine and machine.is_there():
+        for hand, repom in zip(counted[::2], counted[1::2], strict=True):
+            case = hand.case.split()[1]
+            first, again, ours = [
+                await machine.instructions(python_of("repom"), contender, url, case)
+                for contender in (cost.COMPARED[0], *cost.COMPARED)
+            ]
+            hand.values["machine"], repom.values["machine"] = first, ours
+            repom.ratios["machine"] = exactly(ours / first)
+            repom.null["machine"] = exactly(again / first)
+    return counted
+
+
+async def resident(
+    contenders: Iterable[Contender], url: str, database: str, effort: Effort
+) -> list[Row]:
+    """The memory of a process that serves many requests; each contender has its own."""
+    found = []
+    for contender in (hand_written("repom", "fastapi"), *contenders):
+        if contender.host != "fastapi":
+            continue
+        async with worker(python_of(contender.environment)) as remote:
+            entrant = Entrant(contender, False, remote)
+            row = Row("resident", database, "fastapi", contender.environment, contender.name)
+            early = effort.requests // 10
+            try:
+                await load(entrant, url)
+                await run("select", early)(entrant)
+                row.values["early"] = await remote.ask("resident")
+                await run("select", effort.requests - early)(entrant)
+                row.values["late"] = await remote.ask("resident")
+            except WorkerError as error:
+                row.error = str(error)
+            found.append(row)
+    return found
+
+
+#: The cases in which entrants are compared, in this order: served ones are not quite idle.
+COMPARED = {
+    **dict.fromkeys(SEQUENTIAL, sequential),
+    "pool": pool,
+    "growth": growth,
+    "memory": memory,
+    "sockets": sockets,
+}
