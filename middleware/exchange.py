@@ -13,31 +13,20 @@ from typing import NoReturn
 import anyio
 
 from repom import finish
-from repom.errors import (
-    CommitOutcomeUnknown,
-    InvalidResponseError,
-    ScopeClosedError,
-    ScopeError,
-)
+from repom.errors import CommitOutcomeUnknown, ScopeClosedError
 from repom.middleware import failed_commit
 from repom.middleware.policy import (
     BEFORE_RESPONSE,
     ASGIApp,
     CommitOn,
-    Headers,
     Message,
     Receive,
     Scope,
     Send,
-    body_bytes,
-    check_length,
-    check_start,
-    completes_body,
-    content_length,
-    ends_body,
-    has_no_body,
 )
+from repom.middleware.response import Response, Step
 from repom.scope import SessionScope
+from repom.turn import Turn
 
 logger = logging.getLogger("repom.middleware")
 
@@ -61,23 +50,18 @@ class Exchange:
         send: sends to the client.
     """
 
-    __slots__ = (
-        "_asgi_scope",
-        "_body_bytes",
-        "_body_ended",
-        "_commit",
-        "_commit_on",
-        "_committed",
-        "_failure",
-        "_headers",
-        "_held",
-        "_last_sent",
-        "_progress",
-        "_send",
-        "_status",
-        "_turn",
-        "_unit",
-    )
+    _progress = Progress.NOTHING
+    #: Made with the first message that may have to wait for something.
+    _turn: Turn | None = None
+    #: Whether the response commits, by the policy.
+    _commit = False
+    #: What the client is not to have before the app has read its cursor.
+    _held: Message | None = None
+    #: Whether something was committed, and what has left since there is something to commit.
+    _committed = False
+    _last_sent = ""
+    #: The error of the COMMIT that failed, until an error response has started.
+    _failure: Exception | None = None
 
     def __init__(
         self, unit: SessionScope, commit_on: CommitOn, asgi_scope: Scope, send: Send
@@ -86,22 +70,10 @@ class Exchange:
         self._commit_on = commit_on
         self._asgi_scope = asgi_scope
         self._send = send
-        self._progress = Progress.NOTHING
-        # Made with the first message that has to wait for something.
-        self._turn: asyncio.Lock | None = None
-        # What the response said when it started.
-        self._commit = False
-        self._status = 0
-        self._headers: Headers = ()
-        self._body_bytes: float = 0
-        self._body_ended = False  # by the app; the client may have had all of it before
-        # What the client is not to have before the app has read its cursor.
-        self._held: Message | None = None
-        # Whether something was, and what has left since there is something to commit.
-        self._committed = False
-        self._last_sent = ""
-        # The error of the COMMIT that failed, until an error response has started.
-        self._failure: Exception | None = None
+        self._response = self._new_response()
+
+    def _new_response(self) -> Response:
+        return Response(self._unit.label, is_head=self._asgi_scope["method"] == "HEAD")
 
     async def run(self, app: ASGIApp, receive: Receive) -> None:
         """Run `app` in the unit of work, and end that in every case."""
@@ -147,57 +119,46 @@ class Exchange:
 
     async def send(self, message: Message) -> None:
         """The `send` of the app."""
-        if self._turn is not None or self._unit.has_work:
-            # Tasks of one request may send at the same time, and COMMIT takes a while: the
-            # messages leave in the order in which they came.
-            if self._turn is None:
-                self._turn = asyncio.Lock()
-            async with self._turn:
-                due = await self._end_before(message)
-            await self._send_all(due)
-        else:
-            self._progress = self._reached_by(message)
-            await self._send(message)
+        turn = self._turn
+        if turn is None:
+            if not self._unit.has_work:
+                step = self._take(message)
+                if step is not Step.BEFORE:
+                    complete = step is Step.COMPLETES
+                    self._progress = Progress.COMPLETE if complete else Progress.STARTED
+                await self._send(message)
+                return
+            turn = self._turn = Turn()
+        # Tasks of one request may send at the same time, and COMMIT takes a while: the messages
+        # leave in the order in which they came.
+        await turn.take()
+        try:
+            due = await self._end_before(message)
+        finally:
+            turn.leave()
+        await self._send_all(due)
 
-    def _reached_by(self, message: Message) -> Progress:
-        """How far the response will have got; raise if the client must not have `message`."""
-        kind = message["type"]
+    def _take(self, message: Message) -> Step:
+        """Take the next message; raise if the client must not have it."""
         if self._progress is Progress.OVER:
             raise ScopeClosedError(
-                f"a task of {self._unit.label} sent {kind} after the application had returned.\n"
+                f"a task of {self._unit.label} sent {message['type']} after the application had "
+                "returned.\n"
                 "What was not committed then has been rolled back. Await the tasks that respond."
             )
         if self._failure is not None and not self._may_follow_failure(message):
             raise self._failure
-        if kind == "http.response.start":
-            if self._progress is not Progress.NOTHING or self._held is not None:
-                raise ScopeError(
-                    f"{self._unit.label} started a second response. The transaction has ended as "
-                    "the first one said, which the second could not change.\n"
-                    "Send one http.response.start for each request."
-                )
-            self._status = message["status"]
-            self._commit = self._commit_on(self._status, self._asgi_scope)
-            self._headers = message.get("headers", ())
-            if not isinstance(self._headers, (list, tuple)):  # an iterator is read only once
-                self._headers = message["headers"] = list(self._headers)
-            self._body_bytes, self._body_ended = 0, False
-            return Progress.STARTED
-        if self._progress is Progress.NOTHING and self._held is None:
-            return Progress.NOTHING
-        if self._body_ended is not (kind == "http.response.trailers"):
-            raise InvalidResponseError(
-                f"{self._unit.label} sent {kind} {'after' if self._body_ended else 'before'} the "
-                "end of its body, where no server accepts it.\n"
-                "Send one last http.response.body, and after it nothing but announced trailers."
-            )
-        self._body_bytes += body_bytes(message)
-        if ends_body(message):  # nearly always, and the headers need not be read
-            self._body_ended = True
-            return Progress.COMPLETE
-        announced = content_length(self._headers) if message.get("more_body") else None
-        completes = completes_body(message, self._body_bytes, announced)
-        return Progress.COMPLETE if completes else self._progress
+        step = self._response.take(message)
+        try:
+            if step is Step.STARTS:
+                self._commit = self._commit_on(self._response.status, self._asgi_scope)
+            if self._commit and self._unit.has_work:
+                self._response.check(message, step)
+        except Exception:
+            if step is Step.STARTS:  # it has not, for anybody
+                self._commit, self._response = False, self._new_response()
+            raise
+        return step
 
     # --- ending
 
@@ -207,20 +168,17 @@ class Exchange:
         Returns:
             What is to leave now.
         """
-        reached = self._reached_by(message)
-        starts = self._progress is Progress.NOTHING and reached is Progress.STARTED
-        completes = reached is Progress.COMPLETE
-        if self._commit and self._unit.has_work:
-            self._check(message, starts, completes)
-        if not starts and not completes:
+        step = self._take(message)
+        if step is Step.BEFORE or step is Step.CONTINUES:
             # What comes while something is held is for a client that has nothing more to get.
             return () if self._held is not None else (message,)
-        if self._body_ended or not self._unit.has_open_cursor:
+        reached = Progress.COMPLETE if step is Step.COMPLETES else Progress.STARTED
+        if self._response.has_ended or not self._unit.has_open_cursor:
             await self._end_with(message, reached)
-        elif completes or self._has_no_body():
+        elif step is Step.COMPLETES or self._response.has_no_body:
             self._held = self._held or message
             return ()
-        if starts:
+        if step is Step.STARTS:
             self._failure = None  # if there was one, this is the answer to it
         self._progress = reached
         return self._due(message)
@@ -245,17 +203,6 @@ class Exchange:
         for message in messages:
             await self._send(message)
             self._last_sent = message["type"]
-
-    def _check(self, message: Message, starts: bool, completes: bool) -> None:
-        """Raise for what a server would refuse, before it is too late to roll back."""
-        if starts:
-            check_start(self._status, self._headers)
-        elif completes and not self._has_no_body():
-            check_length(message, self._body_bytes, content_length(self._headers))
-
-    def _has_no_body(self) -> bool:
-        """Whether the client has the complete response with its start."""
-        return self._asgi_scope["method"] == "HEAD" or has_no_body(self._status, self._headers)
 
     def _commits(self) -> bool:
         """Whether what is open is to be committed."""
@@ -292,6 +239,8 @@ class Exchange:
     def _fail(self, error: Exception) -> None:
         self._failure = error
         self._held = None
+        if self._progress is Progress.NOTHING:
+            self._response = self._new_response()  # which may be an error
         self._log_failure(error)
 
     def _log_failure(self, error: Exception) -> None:

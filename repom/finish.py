@@ -100,7 +100,8 @@ def finish_sync(scope: SessionScope, *, commit: bool) -> None:
 async def _end(scope: SessionScope, commit: bool, finishing: bool) -> None:
     # Runs to its end in any case, so that the callbacks always learn what has happened.
     # One end at a time: what one task is about to commit, another must not roll back.
-    async with scope.turn:
+    await scope.turn.take()
+    try:
         if commit and not finishing and not scope.is_open:
             raise scope_closed()
         try:
@@ -109,6 +110,8 @@ async def _end(scope: SessionScope, commit: bool, finishing: bool) -> None:
             _settle_failed(scope, error)
             raise
         _settle(scope, commit)
+    finally:
+        scope.turn.leave()
 
 
 def _end_transactions_sync(scope: SessionScope, commit: bool) -> None:
@@ -146,8 +149,11 @@ def _settle_failed(scope: SessionScope, error: BaseException) -> None:
 
 
 async def _close(scope: SessionScope) -> None:
-    async with scope.turn:
+    await scope.turn.take()
+    try:
         await perform(_closing_steps(scope))
+    finally:
+        scope.turn.leave()
 
 
 def _closing_steps(scope: SessionScope) -> Steps:

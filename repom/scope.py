@@ -27,6 +27,7 @@ from repom.gate import scope_closed
 from repom.managed import InnerCommits
 from repom.participant import AsyncParticipant, Participant, SyncParticipant
 from repom.registry import DEFAULT, Databases
+from repom.turn import Turn
 
 #: Seconds that the end of a unit of work may take before its connections are closed.
 END_TIMEOUT = 30.0
@@ -63,7 +64,7 @@ class SessionScope:
     _callbacks: Callbacks | None = None
     _loop: asyncio.AbstractEventLoop | None = None
     _token: Token[Surroundings | None] | None = None
-    _turn: asyncio.Lock | None = None
+    _turn: Turn | None = None
     _participants: Mapping[Database, Participant] = MappingProxyType({})
     # By what was asked for, so that `current_session()` is one look-up.
     _async_sessions: Mapping[str | Database, AsyncSession] = MappingProxyType({})
@@ -263,10 +264,10 @@ class SessionScope:
         )
 
     @property
-    def turn(self) -> asyncio.Lock:
+    def turn(self) -> Turn:
         """Held while transactions are ended."""
         if self._turn is None:
-            self._turn = asyncio.Lock()
+            self._turn = Turn()
         return self._turn
 
     def enter(self) -> None:

@@ -1,0 +1,108 @@
+"""What the application says of its response, message by message."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from repom.errors import InvalidResponseError, ScopeError
+from repom.middleware.policy import (
+    Headers,
+    Message,
+    body_bytes,
+    check_length,
+    check_start,
+    completes_body,
+    content_length,
+    ends_body,
+    has_no_body,
+)
+
+
+class Step(Enum):
+    """What a message does to the response."""
+
+    BEFORE = "tells nothing of it"
+    STARTS = "says its status and headers"
+    CONTINUES = "is not the last of it"
+    COMPLETES = "is all that the client waits for"
+
+
+class Response:
+    """One response, as the application sends it.
+
+    Args:
+        label: the request, for errors.
+        is_head: whether it is for a HEAD request, so that no body is sent.
+
+    Attributes:
+        status: once it has started, like the headers.
+        has_ended: whether the app has sent the last of the body. The client may have had all
+            that was announced before.
+    """
+
+    status = 0
+    headers: Headers = ()
+    has_ended = False
+    _is_started = False
+    _body_bytes: float = 0
+
+    def __init__(self, label: object, *, is_head: bool) -> None:
+        self._label = label
+        self._is_head = is_head
+
+    def take(self, message: Message) -> Step:
+        """Take the next message.
+
+        Raises:
+            ScopeError: it starts a second response.
+            InvalidResponseError: no server takes it there.
+        """
+        kind = message["type"]
+        if kind == "http.response.start":
+            self._start(message)
+            return Step.STARTS
+        if not self._is_started:
+            return Step.BEFORE
+        if self.has_ended is not (kind == "http.response.trailers"):
+            raise InvalidResponseError(
+                f"{self._label} sent {kind} {'after' if self.has_ended else 'before'} the end of "
+                "its body, where no server accepts it.\n"
+                "Send one last http.response.body, and after it nothing but announced trailers."
+            )
+        self._body_bytes += body_bytes(message)
+        if ends_body(message):  # nearly always, and the headers need not be read
+            self.has_ended = True
+            return Step.COMPLETES
+        announced = content_length(self.headers) if message.get("more_body") else None
+        completes = completes_body(message, self._body_bytes, announced)
+        return Step.COMPLETES if completes else Step.CONTINUES
+
+    def _start(self, message: Message) -> None:
+        if self._is_started:
+            raise ScopeError(
+                f"{self._label} started a second response. The transaction has ended as the first "
+                "one said, which the second could not change.\n"
+                "Send one http.response.start for each request."
+            )
+        self.status = message["status"]
+        headers = message.get("headers", ())
+        if not isinstance(headers, (list, tuple)):  # an iterator is read only once
+            headers = message["headers"] = list(headers)
+        self.headers = headers
+        self._is_started = True
+
+    @property
+    def has_no_body(self) -> bool:
+        """Whether the client has the complete response with its start."""
+        return self._is_head or has_no_body(self.status, self.headers)
+
+    def check(self, message: Message, step: Step) -> None:
+        """Check what a server would refuse, while it is not too late to roll back.
+
+        Raises:
+            InvalidResponseError: it would.
+        """
+        if step is Step.STARTS:
+            check_start(self.status, self.headers)
+        elif step is Step.COMPLETES and not self.has_no_body:
+            check_length(message, self._body_bytes, content_length(self.headers))
