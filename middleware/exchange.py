@@ -57,7 +57,7 @@ class Exchange:
     _commit = False
     #: What the client is not to have before the app has read its cursor.
     _held: Message | None = None
-    #: Whether something was committed, and what has left since there is something to commit.
+    #: Whether there was a COMMIT, and the type of what has left last, if anything since.
     _committed = False
     _last_sent = ""
     #: The error of the COMMIT that failed, until an error response has started.

@@ -19,9 +19,10 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
+from fastapi import Depends, FastAPI
 from sqlalchemy import select, text, update
 from sqlalchemy.exc import IntegrityError, ResourceClosedError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -35,6 +36,7 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from repom import Database, current_session, current_sync_session, session_scope
+from repom.async_session import get_async_db_session
 from repom.errors import OpenCursorError
 from repom.middleware import DatabaseSessionMiddleware
 from tests.dialects.drivers import KINDS, Driver, open_driver
@@ -364,6 +366,26 @@ async def test_wherever_the_result_is_kept(
     assert answer.body.decode() == "".join([*texts, "new"])
     told = [("new" in committed, in_use) for _, committed, in_use in sight.seen]
     assert told == [(False, 1)] * 22 + [(True, 0)]
+
+
+async def test_cursor_that_is_opened_in_the_body(database: Database, database_url: str) -> None:
+    """What it reads and what was written with it is one transaction, which the last message of
+    the body waits for."""
+    texts = fill(database_url, 20)
+    sight = Sight(database, database_url)
+
+    async def body() -> AsyncIterator[str]:
+        await write("new")
+        async for each in await stream(current_session()):
+            yield each
+
+    async def endpoint(request: Request) -> Response:
+        return StreamingResponse(body())
+
+    answer = await send_request(starlette(database, endpoint), "POST", on_message=sight)
+    assert answer.body.decode() == "".join([*texts, "new"])
+    told = [("new" in committed, in_use) for _, committed, in_use in sight.seen]
+    assert told == [(False, 0)] + [(False, 1)] * 21 + [(True, 0)]
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -908,6 +930,78 @@ async def test_what_a_generator_writes(database: Database, database_url: str, ki
     written = ["0", "1", "2", "after the last"]
     assert told == [[]] * 4 + [written]
     assert notes(database_url) == [*written, "in the background"]
+
+
+def generating(database: Database, *, fails: bool) -> FastAPI:
+    """An application of endpoints that are generators."""
+
+    async def write_some() -> AsyncIterator[str]:
+        for number in range(3):
+            await write(f"{number}")
+            yield f"{number}"
+        if fails:
+            raise LookupError
+
+    def write_some_in_a_thread() -> Iterator[str]:
+        for number in range(3):
+            write_sync(f"{number}")
+            yield f"{number}"
+        if fails:
+            raise LookupError
+
+    sse = pytest.importorskip("fastapi.sse")
+    app = FastAPI()
+    app.add_middleware(DatabaseSessionMiddleware, database)
+    app.post("/lines")(write_some)
+    app.post("/lines-in-a-thread")(write_some_in_a_thread)
+    app.post("/chunks", response_class=StreamingResponse)(write_some)
+    app.post("/events", response_class=sse.EventSourceResponse)(write_some)
+    return app
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["", "fails"])
+@pytest.mark.parametrize("path", ["/lines", "/lines-in-a-thread", "/chunks", "/events"])
+async def test_endpoint_that_is_a_generator(
+    database: Database, database_url: str, path: str, fails: bool
+) -> None:
+    """FastAPI's, one of which runs it in a task of its own: what it writes is committed before
+    the message that ends the body, or it breaks off, and nothing of it stays."""
+    told: list[list[str]] = []
+    answer = await send_request(
+        generating(database, fails=fails),
+        "POST",
+        path,
+        on_message=lambda _: told.append(notes(database_url)),
+    )
+    assert (answer.status, answer.complete) == (200, not fails)
+    assert (answer.exception is not None) is fails
+    written = [] if fails else ["0", "1", "2"]
+    assert (told[0], told[-1]) == ([], written)
+    assert notes(database_url) == written
+    assert connections_in_use(database) == 0
+
+
+@pytest.mark.parametrize("scope", ["function", "request"])
+async def test_stream_of_a_dependency(
+    database: Database, database_url: str, scope: Literal["function", "request"]
+) -> None:
+    """FastAPI leaves the dependency before the response, or after it; the cursor of its session is
+    read to its end either way."""
+    app = FastAPI()
+    app.add_middleware(DatabaseSessionMiddleware, database)
+
+    @app.post("/")
+    async def export(
+        session: Annotated[AsyncSession, Depends(get_async_db_session, scope=scope)],
+    ) -> StreamingResponse:
+        await write("new")
+        return StreamingResponse(await stream(session))
+
+    texts = fill(database_url, 1000)
+    answer = await send_request(app, "POST")
+    assert (answer.complete, answer.exception) == (True, None)
+    assert answer.body.decode() == "".join([*texts, "new"])
+    assert "new" in notes(database_url)
 
 
 # --- files, and messages of extensions ------------------------------------------------------------
