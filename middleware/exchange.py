@@ -26,6 +26,7 @@ from repom.middleware.policy import (
 )
 from repom.middleware.response import Response, Step
 from repom.scope import SessionScope
+from repom.shield import run_to_end
 from repom.turn import Turn
 
 logger = logging.getLogger("repom.middleware")
@@ -81,7 +82,10 @@ class Exchange:
         unit.enter()
         try:
             try:
-                await app(self._asgi_scope, receive, self.send)
+                try:
+                    await app(self._asgi_scope, receive, self.send)
+                finally:
+                    await self._wait_for_sender()
             except Exception as error:
                 if self._failure is None:
                     raise
@@ -137,6 +141,15 @@ class Exchange:
         finally:
             turn.leave()
         await self._send_all(due)
+
+    async def _wait_for_sender(self) -> None:
+        """Let a task that is about to answer do so, though the app that started it has ended.
+
+        What it answers is being committed, and whoever is outside answers otherwise.
+        """
+        turn = self._turn
+        if turn is not None and turn.is_taken:
+            await run_to_end(_wait_for(turn), limit=self._unit.end_timeout)
 
     def _take(self, message: Message) -> Step:
         """Take the next message; raise if the client must not have it."""
@@ -282,3 +295,8 @@ class Exchange:
     def _raise_failure(self) -> NoReturn:
         assert self._failure is not None
         raise self._failure
+
+
+async def _wait_for(turn: Turn) -> None:
+    await turn.take()
+    turn.leave()

@@ -12,6 +12,9 @@ class Turn:
     Every response and every end of a unit of work takes its turn, and hardly ever is there
     anybody to wait for; the lock would be a twentieth of what repom adds to a request.
 
+    Attributes:
+        is_taken: whether somebody has it.
+
     Example:
         >>> async def speak(turn: Turn) -> None:
         ...     await turn.take()
@@ -21,16 +24,16 @@ class Turn:
         ...         turn.leave()
     """
 
-    __slots__ = ("_is_taken", "_waiting")
+    __slots__ = ("_waiting", "is_taken")
 
     def __init__(self) -> None:
-        self._is_taken = False
+        self.is_taken = False
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def take(self) -> None:
         """Wait until nobody has it who came before."""
-        if not self._is_taken:
-            self._is_taken = True
+        if not self.is_taken:
+            self.is_taken = True
             return
         mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(mine)
@@ -51,4 +54,4 @@ class Turn:
             if not next_one.done():
                 next_one.set_result(None)
                 return
-        self._is_taken = False
+        self.is_taken = False

@@ -15,7 +15,7 @@ from sqlalchemy import event, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from repom import Database, current_scope, current_session
+from repom import Database, current_scope, current_session, on_commit
 from repom.errors import (
     ScopeClosedError,
     ScopeError,
@@ -257,6 +257,42 @@ async def test_two_responses_at_the_same_time(held: HeldCommit, deferring_url: s
     response = await request(serve(held.database, respond), "POST")
     assert (response.status, response.complete, response.exception) == (201, True, None)
     assert notes(deferring_url) == ["a"]
+
+
+@pytest.mark.parametrize("ends", ["returns", "raises", "is cancelled"])
+async def test_app_that_ends_while_a_task_of_it_is_about_to_answer(
+    database: Database, database_url: str, ends: str
+) -> None:
+    """The work is committed, so that is what the client hears, and not of the end of the app."""
+    going_on = asyncio.Event()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def respond(send: Send) -> None:
+        called = asyncio.Event()
+
+        async def call_and_wait() -> None:
+            called.set()
+            await going_on.wait()
+
+        await write("a")
+        on_commit(call_and_wait)
+        tasks.append(asyncio.create_task(answer(send, 201)))
+        await called.wait()
+        asyncio.get_running_loop().call_later(0.02, going_on.set)
+        if ends == "raises":
+            raise ZeroDivisionError
+        if ends == "is cancelled":
+            here = asyncio.current_task()
+            assert here is not None
+            here.cancel()
+            await asyncio.sleep(0)
+
+    response = await request(serve(database, respond), "POST")
+    assert (response.status, notes(database_url)) == (201, ["a"])
+    left = {"returns": type(None), "raises": ZeroDivisionError}
+    assert type(response.exception) is left.get(ends, asyncio.CancelledError)
+    await asyncio.wait(tasks)
+    assert connections_in_use(database) == 0
 
 
 async def test_task_that_responds_when_the_app_has_returned(
