@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from sqlalchemy import URL, Engine, MetaData, create_engine, orm
 from sqlalchemy.ext.asyncio import (
@@ -45,6 +45,19 @@ class BeginOptions(NamedTuple):
 
     sqlite_begin: Begin = "DEFERRED"
     isolation_level: str | None = None
+
+
+class Engines(Protocol):
+    """What a `Database` asks for engines while something stands in for its own.
+
+    Another `Database` can, and so can the connection of a test (`repom.testing`).
+    """
+
+    def async_bind(self, options: BeginOptions) -> AsyncEngine: ...
+    def sync_bind(self, options: BeginOptions) -> Engine: ...
+    def check(self) -> None: ...
+    async def dispose(self) -> None: ...
+    def dispose_sync(self) -> None: ...
 
 
 class Database:
@@ -92,9 +105,11 @@ class Database:
         self.sqlite_begin: Begin | None = sqlite_begin
         self.pgbouncer = pgbouncer
         self.is_sqlite = is_sqlite(self.url)
+        #: In tests, whose engines are used in place of its own.
+        self.stand_in: Engines | None = None
         self._async_engines = LoopEngines(
             self.new_async_engine,
-            lambda connection: self._async_support().abandon(connection),
+            lambda connection: self.async_support().abandon(connection),
             safe(self.url),
         )
         self._sync_engine: Engine | None = None
@@ -102,19 +117,37 @@ class Database:
         self._mutex = threading.RLock()
 
     @classmethod
-    def from_config(cls, config: RepomConfig | None = None) -> Database:
+    def from_config(
+        cls, config: RepomConfig | None = None, *, url: str | URL | None = None
+    ) -> Database:
         """The default database of `config`, or of the configuration of this process.
+
+        Args:
+            config: by default that of this process.
+            url: in place of the configured one.
 
         Raises:
             ConfigurationError: what is configured cannot be used.
         """
         config = get_config() if config is None else config
         return cls(
-            config.db_url,
+            config.db_url if url is None else url,
             engine_kwargs=config.engine_kwargs,
             session_kwargs=config.session_kwargs,
             sqlite_begin=config.sqlite_begin,
             pgbouncer=config.pgbouncer,
+        )
+
+    def at(self, url: str | URL) -> Database:
+        """A database that is used as this one is, at another URL."""
+        return Database(
+            url,
+            engine_kwargs=self.engine_kwargs,
+            session_kwargs=self.session_kwargs,
+            session_class=self.session_class,
+            sync_session_class=self.sync_session_class,
+            sqlite_begin=self.sqlite_begin,
+            pgbouncer=self.pgbouncer,
         )
 
     def __repr__(self) -> str:
@@ -130,6 +163,8 @@ class Database:
             RuntimeError: no event loop runs in this thread.
             ConfigurationError: the URL has no async driver, or it is not installed.
         """
+        if self.stand_in is not None:
+            return self.stand_in.async_bind(BeginOptions())
         return self._async_engines.here().engine
 
     @property
@@ -139,6 +174,8 @@ class Database:
         Raises:
             ConfigurationError: the URL has no sync driver, or it is not installed.
         """
+        if self.stand_in is not None:
+            return self.stand_in.sync_bind(BeginOptions())
         with self._mutex:
             if self._sync_engine is None:
                 self._sync_engine = self.new_engine()
@@ -146,21 +183,25 @@ class Database:
 
     def async_bind(self, options: BeginOptions) -> AsyncEngine:
         """The running loop's engine, for sessions whose transactions begin as `options` say."""
+        if self.stand_in is not None:
+            return self.stand_in.async_bind(options)
         here = self._async_engines.here()
         bind = here.variants.get(options)
         if bind is None:
             sync_engine = here.engine.sync_engine
-            variant = self._variant(sync_engine, options)
+            variant = self.variant(sync_engine, options)
             bind = here.engine if variant is sync_engine else AsyncEngine(variant)
             here.variants[options] = bind
         return bind
 
     def sync_bind(self, options: BeginOptions) -> Engine:
         """The sync engine, for sessions whose transactions begin as `options` say."""
+        if self.stand_in is not None:
+            return self.stand_in.sync_bind(options)
         bind = self._sync_variants.get(options)
         if bind is None:
             with self._mutex:  # or a `dispose()` meanwhile would leave us an engine it has ended
-                bind = self._sync_variants[options] = self._variant(self.engine, options)
+                bind = self._sync_variants[options] = self.variant(self.engine, options)
         return bind
 
     # --- sessions
@@ -174,9 +215,9 @@ class Database:
         return LoopSessionmaker(self)
 
     @cached_property
-    def sync_sessionmaker(self) -> orm.sessionmaker[Session]:
+    def sync_sessionmaker(self) -> SyncSessionmaker:
         """Makes plain `Session`s. Whoever calls it commits and closes."""
-        return orm.sessionmaker(self.engine, class_=self.sync_session_class, **self.session_kwargs)
+        return SyncSessionmaker(self)
 
     # --- life-cycle
 
@@ -190,11 +231,13 @@ class Database:
             ConfigurationError: no driver for the URL, driver not installed, an SQLite file that
                 cannot be written.
         """
+        if self.stand_in is not None:
+            return self.stand_in.check()
         try:
-            support = self._async_support()
+            support = self.async_support()
         except ConfigurationError as error:
             try:
-                support = self._sync_support()
+                support = self.sync_support()
             except ConfigurationError:
                 raise error from None
             logger.warning("%r can be used by sync code only. %s", self, error)
@@ -224,15 +267,18 @@ class Database:
 
         The next use opens new ones. A loop that `asyncio.run()` ends does this by itself.
         """
+        if self.stand_in is not None:
+            await self.stand_in.dispose()
         await self._async_engines.dispose()
         self.dispose_sync()
 
     def dispose_sync(self) -> None:
         """Close the pooled connections of the sync engine."""
+        if self.stand_in is not None:
+            self.stand_in.dispose_sync()
         with self._mutex:
             engine, self._sync_engine = self._sync_engine, None
             self._sync_variants.clear()
-            self.__dict__.pop("sync_sessionmaker", None)
         if engine is not None:
             close_returned(engine)
             engine.dispose()
@@ -245,19 +291,19 @@ class Database:
         Args:
             engine_kwargs: laid over those of this database.
         """
-        support = self._async_support()
+        support = self.async_support()
         engine = create_async_engine(support.url, **self._create_kwargs(support, engine_kwargs))
         support.install(engine.sync_engine)
         return engine
 
     def new_engine(self, **engine_kwargs: Any) -> Engine:
         """A new `Engine`: the sync twin of `new_async_engine`."""
-        support = self._sync_support()
+        support = self.sync_support()
         engine = create_engine(support.url, **self._create_kwargs(support, engine_kwargs))
         support.install(engine)
         return engine
 
-    def _variant(self, engine: Engine, options: BeginOptions) -> Engine:
+    def variant(self, engine: Engine, options: BeginOptions) -> Engine:
         """`engine`, or one with the same pool whose transactions begin as `options` say."""
         if options.isolation_level is not None:
             engine = engine.execution_options(isolation_level=options.isolation_level)
@@ -274,10 +320,16 @@ class Database:
             weakref.finalize(self, keeper.close)
         return url
 
-    def _async_support(self) -> Support:
+    def async_support(self) -> Support:
+        """What the dialect needs in async code.
+
+        Raises:
+            ConfigurationError: the URL has no async driver, or it is not installed.
+        """
         return self._support(to_async, is_async=True)
 
-    def _sync_support(self) -> Support:
+    def sync_support(self) -> Support:
+        """The sync twin of `async_support`."""
         return self._support(to_sync, is_async=False)
 
     def _support(
@@ -312,4 +364,18 @@ class LoopSessionmaker(async_sessionmaker[AsyncSession]):
         """A new `AsyncSession`; `local_kw` as for `async_sessionmaker`."""
         if local_kw.get("bind") is None and self.kw.get("bind") is None:
             local_kw["bind"] = self._database.async_engine
+        return super().__call__(**local_kw)
+
+
+class SyncSessionmaker(orm.sessionmaker[Session]):
+    """A `sessionmaker` that finds the engine at each call, as the async one does."""
+
+    def __init__(self, database: Database) -> None:
+        super().__init__(class_=database.sync_session_class, **database.session_kwargs)
+        self._database = database
+
+    def __call__(self, **local_kw: Any) -> Session:
+        """A new `Session`; `local_kw` as for `sessionmaker`."""
+        if local_kw.get("bind") is None and self.kw.get("bind") is None:
+            local_kw["bind"] = self._database.engine
         return super().__call__(**local_kw)

@@ -16,6 +16,7 @@ from sqlalchemy import URL, Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, Pool, PoolProxiedConnection, QueuePool
 
+from repom.dialects.write_queue import Ticket
 from repom.errors import (
     CommitOutcomeUnknown,
     DatabaseUnreachableError,
@@ -102,6 +103,18 @@ class Support:
         What repom does not know how to close, the driver closes when it is collected.
         """
 
+    def place_in_line(self, connection: PoolProxiedConnection, *, awaits: bool) -> Ticket | None:
+        """The right to write, for a transaction that only `repom.testing` begins.
+
+        Args:
+            connection: where it begins.
+            awaits: whether the caller awaits its turn, or blocks its thread.
+
+        Returns:
+            None where there may be many writers.
+        """
+        return None
+
     # --- the two truths
 
     def install(self, engine: Engine) -> None:
@@ -114,6 +127,10 @@ class Support:
         dialect.connect = partial(self._connect, dialect.connect)
         dialect.do_begin = partial(self._begin, dialect.do_begin)
         dialect.do_commit = partial(self._commit, dialect.do_commit)
+        self.watch(engine)
+
+    def watch(self, engine: Engine) -> None:
+        """Make `engine` keep the two truths, if its dialect is that of an installed one."""
         event.listen(engine, "handle_error", self._on_error)
 
     def _connect(self, connect: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -141,7 +141,7 @@ class SQLite(Support):
     def aborts(self, error: Exception, driver_connection: Any) -> bool:
         # INSERT OR ROLLBACK, a full disk and others end a transaction behind our back
         # (https://sqlite.org/lang_transaction.html, section 3).
-        sqlite = _sqlite(driver_connection)
+        sqlite = sqlite_connection(driver_connection)
         ended = sqlite.begun and not sqlite.in_transaction
         if ended:
             # Without a transaction, each statement that follows would commit itself.
@@ -149,7 +149,7 @@ class SQLite(Support):
         return ended
 
     def is_aborted(self, connection: PoolProxiedConnection) -> bool:
-        sqlite = _sqlite(connection.driver_connection)
+        sqlite = sqlite_connection(connection.driver_connection)
         return super().is_aborted(connection) or (sqlite.begun and not sqlite.in_transaction)
 
     def connect_failed(self, error: Exception) -> RepomError:
@@ -175,23 +175,27 @@ class SQLite(Support):
     def _connect(self, connect: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         dbapi_connection = super()._connect(connect, *args, **kwargs)
         driver_connection = getattr(dbapi_connection, "driver_connection", dbapi_connection)
-        _sqlite(driver_connection).is_delivered = True
+        sqlite_connection(driver_connection).is_delivered = True
         return dbapi_connection
 
     def _begin(self, do_begin: Callable[..., None], connection: PoolProxiedConnection) -> None:
         super()._begin(do_begin, connection)
-        marked = connection.info.pop(_IMMEDIATE, False)
-        sqlite = _sqlite(connection.driver_connection)
+        sqlite = sqlite_connection(connection.driver_connection)
+        immediate = self._is_immediate(connection)
         if sqlite.isolation_level is None:
             return  # AUTOCOMMIT
-        immediate = marked or self.begin_mode == "IMMEDIATE"
-        # A memory database has no readers beside its writer, so all of them wait in line.
-        if immediate or self.is_memory:
-            sqlite.ticket = self._wait_for_turn()
+        sqlite.ticket = self._wait_for_turn(immediate, awaits=self.is_async)
         # If it fails or is cancelled, the rollback that SQLAlchemy then does, at the latest
         # on the way back to the pool, gives the place in the line up.
         self._execute(connection.driver_connection, "BEGIN IMMEDIATE" if immediate else "BEGIN")
         sqlite.begun = True
+
+    def _is_immediate(self, connection: PoolProxiedConnection) -> bool:
+        marked = connection.info.pop(_IMMEDIATE, False)
+        return marked or self.begin_mode == "IMMEDIATE"
+
+    def place_in_line(self, connection: PoolProxiedConnection, *, awaits: bool) -> Ticket | None:
+        return self._wait_for_turn(self._is_immediate(connection), awaits=awaits)
 
     def _execute(self, driver_connection: Any, sql: str) -> None:
         """Below the DBAPI cursors, which would take three turns of aiosqlite's thread for it."""
@@ -199,8 +203,11 @@ class SQLite(Support):
         if self.is_async:
             await_only(done)
 
-    def _wait_for_turn(self) -> Ticket:
-        me = Writer(surroundings.get(), acting_task() if self.is_async else None)
+    def _wait_for_turn(self, immediate: bool, *, awaits: bool) -> Ticket | None:
+        # A memory database has no readers beside its writer, so all of them wait in line.
+        if not (immediate or self.is_memory):
+            return None
+        me = Writer(surroundings.get(), acting_task() if awaits else None)
         if me.would_wait_for_itself(self._queue.holder()):
             raise WouldDeadlockError(
                 f"this scope would wait for itself: an enclosing one holds the write lock of "
@@ -208,7 +215,7 @@ class SQLite(Support):
                 "end its transaction first (`await current_scope().commit()`)."
             )
         try:
-            if self.is_async:
+            if awaits:
                 return await_only(self._queue.acquire_async(me, self.timeout))
             if self._queue.holder() is None:
                 return self._queue.acquire(me, self.timeout)
@@ -332,7 +339,7 @@ def _factory(base: Any, *, read_only: bool) -> Any:
     return type("RepomSQLiteConnection", bases, {"read_only": read_only})
 
 
-def _sqlite(driver_connection: Any) -> RepomSQLiteConnection:
+def sqlite_connection(driver_connection: Any) -> RepomSQLiteConnection:
     """The sqlite3 connection, which aiosqlite wraps and SQLAlchemy's own dialect unwraps so."""
     return getattr(driver_connection, "_conn", driver_connection)  # type: ignore[no-any-return]
 

@@ -1,0 +1,330 @@
+"""DBAPI connections (PEP 249) whose work is done elsewhere, for SQLAlchemy's pools to hand out.
+
+Any thread and any event loop can use them. What SQLAlchemy asks them for beyond the DBAPI, they
+ask the real connection for.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection
+from sqlalchemy.util import await_only
+
+from repom.dialects.write_queue import Ticket
+from repom.errors import InnerCommitError
+from repom.managed import ends_by_hand
+from repom.testing.portal import Portal
+from repom.testing.turns import Turns
+from repom.testing.units import Unit
+
+T = TypeVar("T")
+
+_numbers = itertools.count(1)
+
+
+class RemoteConnection:
+    """A DBAPI connection that does its work where the real one lives.
+
+    Attributes:
+        autocommit: whether every statement is a transaction of its own.
+    """
+
+    autocommit = False
+    reads_block = False
+
+    def __init__(self, real: Any, portal: Portal) -> None:
+        self._real = real
+        self._portal = portal
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    @property
+    def driver_connection(self) -> Any:
+        """The driver's, as code may have it that uses it directly."""
+        return self._portal.bound(getattr(self._real, "driver_connection", self._real))
+
+    def cursor(self, *args: Any, **kwargs: Any) -> RemoteCursor:
+        """A cursor, which opens a real one when it executes."""
+        if self.reads_block:
+            args, kwargs = (), {}  # whose rows are all here when it has executed
+        return RemoteCursor(self, lambda: self._real.cursor(*args, **kwargs))
+
+    def execute(self, sql: str, function: Callable[..., T], *args: Any) -> T:
+        """Execute `sql` in a transaction, by calling `function` there."""
+        try:
+            result = self.perform(sql, function, *args)
+        except Exception:
+            if self.autocommit:
+                self.rollback()
+            raise
+        if self.autocommit:
+            self.commit()
+        return result
+
+    def finish(self, function: Callable[[], T]) -> T:
+        """Call `function` there, without beginning anything."""
+        return self._portal.call(function)
+
+    def set_isolation_level(self, level: str) -> None:
+        """All transactions here have that of the one they are inside of."""
+        self.autocommit = level == "AUTOCOMMIT"
+
+    def reset_isolation_level(self) -> None:
+        self.autocommit = False
+
+    # --- what each kind has of its own
+
+    def begin(self, place_in_line: Callable[[], Ticket | None]) -> None:
+        """A transaction begins with the next statement.
+
+        Args:
+            place_in_line: waits for the right to write, to be released at the end.
+        """
+
+    def perform(self, sql: str, function: Callable[..., T], *args: Any) -> T:
+        """Call `function` there, in a transaction."""
+        raise NotImplementedError  # pragma: no cover
+
+    def own_name(self, savepoint: str) -> str:
+        """The name for what SQLAlchemy calls `savepoint` on each of its connections."""
+        return savepoint
+
+    def savepoint_begun(self, savepoint: str) -> None:
+        """The code that has this connection has begun `savepoint`."""
+
+    def savepoint_ended(self, savepoint: str, *, undone: bool) -> None:
+        """It has released `savepoint`, or rolled back to it."""
+
+    def commit(self) -> None:
+        raise NotImplementedError  # pragma: no cover
+
+    def rollback(self) -> None:
+        raise NotImplementedError  # pragma: no cover
+
+    def close(self) -> None:
+        raise NotImplementedError  # pragma: no cover
+
+
+class SharedConnection(RemoteConnection):
+    """One of many on the connection of a test. Its transactions are units of that.
+
+    Args:
+        turns: of the test.
+        real: the connection that is shared.
+        place: where this one was opened.
+        gives_way: it is of the test's own session.
+        on_close: called when it is closed.
+    """
+
+    def __init__(
+        self,
+        turns: Turns,
+        real: Any,
+        *,
+        place: str,
+        gives_way: bool,
+        on_close: Callable[[SharedConnection], None],
+    ) -> None:
+        super().__init__(real, turns.portal)
+        self.reads_block = turns.backend.reads_block
+        self.place = place
+        self.gives_way = gives_way
+        self._turns = turns
+        self._on_close = on_close
+        self._number = next(_numbers)
+        self._unit: Unit | None = None
+        self._ticket: Ticket | None = None
+
+    @property
+    def unit(self) -> Unit:
+        """The transaction that is open, or a new one."""
+        if self._unit is None:
+            self._unit = Unit(self.place, gives_way=self.gives_way)
+        return self._unit
+
+    def begin(self, place_in_line: Callable[[], Ticket | None]) -> None:
+        if not self.gives_way:
+            self._ticket = place_in_line()
+
+    def perform(self, sql: str, function: Callable[..., T], *args: Any) -> T:
+        self._refuse_ending(sql)
+        result = self._turns.execute(self.unit, function, *args, sql=sql)
+        self._turns.backend.seen(sql)
+        return result
+
+    def commit(self) -> None:
+        if self._unit is not None:
+            self._turns.commit(self._unit)
+        self._ended()
+
+    def rollback(self) -> None:
+        if self._unit is not None:
+            self._turns.rollback(self._unit)
+        self._ended()
+
+    def close(self) -> None:
+        self.rollback()
+        self._on_close(self)
+
+    def _ended(self) -> None:
+        self._unit = None
+        ticket, self._ticket = self._ticket, None
+        if ticket is not None:
+            ticket.release()
+
+    def _refuse_ending(self, sql: str) -> None:
+        if ends_by_hand(sql):
+            raise InnerCommitError(
+                f"{_shown(sql)} was executed in {self._turns.test}, whose transaction is to be "
+                "rolled back at its end.\n"
+                "Write `commit()` or `rollback()` of a session: those are savepoints of it."
+            )
+        if self._turns.backend.commits(sql):
+            raise InnerCommitError(
+                f"{_shown(sql)} would commit all that {self._turns.test} has done: this database "
+                "commits before and after such a statement.\n"
+                "Execute it before the tests, or leave out the fixture that rolls back."
+            )
+
+    def own_name(self, savepoint: str) -> str:
+        unique = self._turns.backend.names_are_unique
+        return f"{savepoint}_{self._number}" if unique else savepoint
+
+    def savepoint_begun(self, savepoint: str) -> None:
+        self.unit.own_savepoints.append(savepoint)
+
+    def savepoint_ended(self, savepoint: str, *, undone: bool) -> None:
+        unit = self.unit
+        if savepoint in unit.own_savepoints:
+            del unit.own_savepoints[unit.own_savepoints.index(savepoint) :]
+        if undone:
+            unit.failed = False
+            self._turns.rolled_back_to(unit, len(unit.own_savepoints))
+
+
+class OwnConnection(RemoteConnection):
+    """One that has a real one to itself, for code that runs outside of a test."""
+
+    def __init__(self, connection: Connection, portal: Portal) -> None:
+        super().__init__(connection.connection.dbapi_connection, portal)
+        self._connection = connection
+
+    def perform(self, sql: str, function: Callable[..., T], *args: Any) -> T:
+        return self._portal.call(self._in_transaction, function, *args)
+
+    def _in_transaction(self, function: Callable[..., T], *args: Any) -> T:
+        if not self._connection.in_transaction():
+            self._connection.begin()
+        return function(*args)
+
+    def commit(self) -> None:
+        self._portal.call(self._connection.commit)
+
+    def rollback(self) -> None:
+        self._portal.call(self._connection.rollback)
+
+    def close(self) -> None:
+        self._portal.post(self._connection.close)
+
+
+class RemoteCursor:
+    """A DBAPI cursor of a `RemoteConnection`."""
+
+    def __init__(self, connection: RemoteConnection, open_real: Callable[[], Any]) -> None:
+        self._connection = connection
+        self._open_real = open_real
+        self._real: Any = None
+        self._sql = ""
+        self._given: dict[str, Any] = {}  # what a dialect sets before there is a real one
+        self._is_closed = False
+
+    def __getattr__(self, name: str) -> Any:
+        if self._real is not None:
+            return getattr(self._real, name)
+        try:
+            return {**_NOT_EXECUTED, **self._given}[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OF_THE_CURSOR:
+            object.__setattr__(self, name, value)
+        elif self._real is not None:
+            setattr(self._real, name, value)
+        else:
+            self._given[name] = value
+
+    def execute(self, operation: Any, parameters: Any = None) -> Any:
+        return self._execute("execute", operation, parameters)
+
+    def executemany(self, operation: Any, parameters: Any) -> Any:
+        return self._execute("executemany", operation, parameters)
+
+    def callproc(self, name: str, parameters: Any = None) -> Any:
+        return self._execute("callproc", name, parameters)
+
+    def _execute(self, method: str, operation: Any, parameters: Any) -> Any:
+        self._sql = operation if isinstance(operation, str) else str(operation)
+        return self._connection.execute(self._sql, self._there, method, operation, parameters)
+
+    def _there(self, method: str, operation: Any, parameters: Any) -> Any:
+        if self._real is not None and not self._is_closed:
+            self._real.close()
+        self._real = real = self._open_real()
+        self._is_closed = False
+        for name, value in self._given.items():
+            setattr(real, name, value)
+        args = (operation,) if parameters is None else (operation, parameters)
+        result = getattr(real, method)(*args)
+        if not self._reads_later and hasattr(real, "_async_soft_close"):
+            # All rows are here, and closing it later on would be another journey.
+            await_only(real._async_soft_close())
+        return result
+
+    def fetchone(self) -> Any:
+        return self._fetch(self._real.fetchone)
+
+    def fetchmany(self, size: int | None = None) -> Any:
+        return self._fetch(self._real.fetchmany, *(() if size is None else (size,)))
+
+    def fetchall(self) -> Any:
+        return self._fetch(self._real.fetchall)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.fetchone, None)
+
+    def close(self) -> None:
+        if self._real is None or self._is_closed:
+            return
+        self._is_closed = True
+        if self._reads_later:
+            self._connection.finish(self._real.close)
+        else:
+            self._real.close()
+
+    async def _async_soft_close(self) -> None:
+        """For SQLAlchemy's AsyncConnection; see above."""
+
+    def _fetch(self, function: Callable[..., Any], *args: Any) -> Any:
+        if self._reads_later:
+            return self._connection.perform(self._sql, function, *args)
+        return function(*args)
+
+    @property
+    def _reads_later(self) -> bool:
+        """Whether its rows are read bit by bit; psycopg gives such cursors a name."""
+        real = self._real
+        return bool(getattr(real, "server_side", False) or getattr(real, "name", None))
+
+
+_OF_THE_CURSOR = {"_connection", "_given", "_is_closed", "_open_real", "_real", "_sql"}
+_NOT_EXECUTED = {"description": None, "rowcount": -1, "lastrowid": None, "arraysize": 1}
+
+
+def _shown(sql: str) -> str:
+    line = " ".join(sql.split())
+    return repr(line if len(line) <= 60 else f"{line[:57]}...")

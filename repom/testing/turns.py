@@ -1,0 +1,291 @@
+"""The units of one test take turns on its connection."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+import time
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+from sqlalchemy.util import await_only
+
+from repom.dialects.base import aborted
+from repom.errors import SharedConnectionError, WouldDeadlockError
+from repom.testing.backends import Backend
+from repom.testing.portal import Cancellation, Portal
+from repom.testing.units import Caller, Turn, Unit, turn_of, units_here
+
+T = TypeVar("T")
+
+#: Seconds that one unit of work waits for another one to end.
+TURN_TIMEOUT = 10.0
+
+_ONLY_READS = re.compile(r"\s*(?:SELECT|SHOW|EXPLAIN|(?:RELEASE )?SAVEPOINT)\b", re.IGNORECASE)
+
+
+class Turns:
+    """Lets one unit after the other work on the connection of a test.
+
+    Args:
+        portal: calls functions where the connection lives.
+        backend: what the database needs.
+        test: the name of the test, for messages.
+
+    Attributes:
+        differences: what was not as it would have been with a connection for each unit.
+    """
+
+    def __init__(self, portal: Portal, backend: Backend, test: str) -> None:
+        self.portal = portal
+        self.backend = backend
+        self.test = test
+        self.differences: list[str] = []
+        self._stack: tuple[Unit, ...] = ()
+        self._busy = False
+        self._lost: BaseException | None = None
+        self._closed = False
+        # Reentrant, because the garbage collector gives up units too, at any allocation.
+        self._mutex = threading.RLock()
+        self._waiting: list[Callable[[], None]] = []
+
+    # --- for the connections
+
+    def execute(self, unit: Unit, function: Callable[..., T], *args: Any, sql: str) -> T:
+        """Execute a statement as a part of `unit`, which it begins if that is new.
+
+        Args:
+            unit: whose statement it is.
+            function: executes it; gets `args`.
+            sql: what it executes.
+        """
+        turn = self._enter(unit)
+        if not _ONLY_READS.match(sql):
+            unit.has_written = True
+            for above in turn.stack[turn.stack.index(unit) + 1 :]:
+                above.worked_inside.append(unit.place)
+        here = units_here.get()
+        if unit not in here:
+            units_here.set((*(one for one in here if one.savepoint), unit))
+        return self._perform(unit, turn, self._statement, function, *args)
+
+    def commit(self, unit: Unit) -> None:
+        """End `unit` by what COMMIT means: checks, and its work becomes a part of the outer one.
+
+        Raises:
+            TransactionAbortedError: an earlier statement has failed, and PostgreSQL with it.
+            Exception: a deferred constraint is violated.
+        """
+        if unit.failed:
+            raise aborted()
+        self._perform(unit, self._enter(unit, begins=False), self._commit)
+
+    def rollback(self, unit: Unit) -> None:
+        """End `unit`. Its savepoint is rolled back before the next statement of any unit.
+
+        Not now, since the garbage collector and cancelled tasks must not wait for a database.
+        """
+        unit.over = True
+        self._changed()
+
+    def close(self) -> bool:
+        """The test has ended: nothing is executed any more.
+
+        Returns:
+            Whether what was being executed has ended, too.
+        """
+        deadline = time.monotonic() + TURN_TIMEOUT
+        with self._mutex:
+            self._closed = True
+        self._changed()
+        while self._busy and time.monotonic() < deadline:
+            self._wait_in_thread(deadline)
+        return not self._busy
+
+    @property
+    def lost(self) -> BaseException | None:
+        """The error by which the connection was found to be closed."""
+        return self._lost
+
+    # --- turns
+
+    def _enter(self, unit: Unit, *, begins: bool = True) -> Turn:
+        """Wait for the turn of `unit`, and take it."""
+        caller = Caller.here()
+        unit.caller = caller
+        deadline = time.monotonic() + TURN_TIMEOUT
+        while True:
+            with self._mutex:
+                self._check()
+                turn = None if self._busy else turn_of(unit, self._stack, caller, begins=begins)
+                if turn is not None:
+                    self._take(unit, turn)
+                    return turn
+                waiting_for = self._stack[-1] if self._stack else unit
+            if time.monotonic() > deadline:
+                raise self._waited_in_vain(unit, waiting_for)
+            if caller.awaits:
+                await_only(self._wait_in_loop(deadline))
+            else:
+                self._wait_in_thread(deadline)
+
+    def _check(self) -> None:
+        if self._lost is not None:
+            raise SharedConnectionError(
+                f"{self.test} has lost its connection, which all sessions of a test share.\n"
+                "Something closed it, or ended its transaction: see the __cause__."
+            ) from self._lost
+        if self._closed:
+            raise SharedConnectionError(
+                f"this connection belongs to {self.test}, which has ended.\n"
+                "Close sessions, and await tasks, before the test ends."
+            )
+
+    def _take(self, unit: Unit, turn: Turn) -> None:
+        self._busy = True
+        for gone in set(self._stack) - set(turn.stack):
+            self._left(gone, turn)
+        self._stack = turn.stack
+        if turn.stack and turn.stack[-1] is unit and unit.savepoint is None:
+            unit.savepoint = next(
+                sql.split()[-1] for sql in reversed(turn.sql) if sql.startswith("SAVEPOINT ")
+            )
+
+    def _left(self, gone: Unit, turn: Turn) -> None:
+        gone.savepoint = None
+        if gone in turn.undone:
+            self._note_undone(gone)
+
+    def _perform(self, unit: Unit, turn: Turn, function: Callable[..., T], *args: Any) -> T:
+        cancellation = Cancellation() if self.backend.can_cancel else None
+        return self.portal.call(
+            self._there, unit, turn, function, args, cancellation, cancellation=cancellation
+        )
+
+    def _there(
+        self,
+        unit: Unit,
+        turn: Turn,
+        function: Callable[..., T],
+        args: tuple[Any, ...],
+        cancellation: Cancellation | None,
+    ) -> T:
+        """In the place where the connection lives."""
+        try:
+            for sql in turn.sql:
+                self.backend.execute(sql)
+            return function(unit, cancellation, *args)
+        except Exception as error:
+            if self.backend.is_lost(error):
+                self._lost = error
+            raise
+        finally:
+            with self._mutex:
+                self._busy = False
+            self._changed()
+
+    def _statement(
+        self,
+        unit: Unit,
+        cancellation: Cancellation | None,
+        function: Callable[..., T],
+        *args: Any,
+    ) -> T:
+        try:
+            if cancellation is not None:
+                cancellation.allowed = True
+            return function(*args)
+        except BaseException as error:
+            if self.backend.aborts(error):
+                unit.failed = True
+            raise
+        finally:
+            if cancellation is not None:
+                cancellation.allowed = False
+
+    def _commit(self, unit: Unit, cancellation: Cancellation | None) -> None:
+        stack = self._stack
+        try:
+            self.backend.check_constraints()
+            if stack and stack[-1] is unit:
+                self.backend.execute(f"RELEASE SAVEPOINT {unit.savepoint}")
+        except BaseException as error:
+            if self.backend.aborts(error):
+                unit.failed = True
+            raise
+        if unit in stack:
+            # Not on top: what is above goes on, and its own savepoint counts.
+            outer = stack[stack.index(unit) - 1] if unit is not stack[0] else None
+            if outer is not None:
+                places = [unit.place] if unit.has_written else []
+                places += [place for _, place in unit.committed_inside]
+                depth = len(outer.own_savepoints)
+                outer.committed_inside += [(depth, place) for place in places]
+            unit.savepoint = None
+            self._stack = tuple(one for one in stack if one is not unit)
+
+    # --- waiting
+
+    def _changed(self) -> None:
+        with self._mutex:
+            waiting, self._waiting = self._waiting, []
+        for wake in waiting:
+            wake()
+
+    async def _wait_in_loop(self, deadline: float) -> None:
+        loop = asyncio.get_running_loop()
+        changed: asyncio.Future[None] = loop.create_future()
+
+        def set_changed() -> None:
+            if not changed.done():
+                changed.set_result(None)
+
+        def wake() -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(set_changed)
+
+        self._waiting.append(wake)
+        await asyncio.wait((changed,), timeout=max(0.0, deadline - time.monotonic()))
+
+    def _wait_in_thread(self, deadline: float) -> None:
+        changed: SimpleQueue[None] = SimpleQueue()  # reentrant, which an Event is not
+        self._waiting.append(lambda: changed.put(None))
+        try:
+            changed.get(timeout=max(0.0, deadline - time.monotonic()))
+        except Empty:
+            return
+
+    def _waited_in_vain(self, unit: Unit, other: Unit) -> WouldDeadlockError:
+        return WouldDeadlockError(
+            f"the unit of work at {unit.place} has waited {TURN_TIMEOUT:g} s for the end of the "
+            f"one at {other.place}: those of a test share one connection, and take turns.\n"
+            "If they wait for each other, end the first before the other begins; to test both at "
+            "once, leave out the fixture that rolls back, and clean up."
+        )
+
+    # --- what would have been different
+
+    def rolled_back_to(self, unit: Unit, depth: int) -> None:
+        """`unit` has rolled back to one of its own savepoints, and `depth` of them remain."""
+        gone = [place for inside, place in unit.committed_inside if inside > depth]
+        unit.committed_inside = [one for one in unit.committed_inside if one[0] <= depth]
+        self._note(unit, gone)
+
+    def _note_undone(self, unit: Unit) -> None:
+        self._note(unit, [place for _, place in unit.committed_inside])
+        unit.committed_inside = []
+        if unit.worked_inside:
+            self.differences.append(
+                f"the unit of work at {unit.worked_inside[0]} has worked while another one, at "
+                f"{unit.place}, was open; when that was rolled back, this work was undone too"
+            )
+            unit.worked_inside = []
+
+    def _note(self, unit: Unit, places: list[str]) -> None:
+        for place in places:
+            self.differences.append(
+                f"the unit of work at {place} was committed inside the one at {unit.place}; when "
+                "that was rolled back, it was undone too"
+            )
