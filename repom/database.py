@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
-from sqlalchemy import URL, Engine, MetaData, create_engine, orm
+from sqlalchemy import URL, Engine, MetaData, create_engine
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
-    async_sessionmaker,
     create_async_engine,
 )
 from sqlalchemy.orm import Session
@@ -24,6 +23,7 @@ from repom.dialects import Begin, Support, support_for
 from repom.dialects.sqlite import immediate_engine, is_sqlite, private_memory
 from repom.errors import ConfigurationError
 from repom.loops import LoopEngines, close_returned
+from repom.sessionmakers import LoopSessionmaker, SyncSessionmaker
 from repom.urls import parse_url, require_driver, safe, to_async, to_sync
 
 logger = logging.getLogger("repom")
@@ -232,7 +232,8 @@ class Database:
                 cannot be written.
         """
         if self.stand_in is not None:
-            return self.stand_in.check()
+            self.stand_in.check()
+            return
         try:
             support = self.async_support()
         except ConfigurationError as error:
@@ -351,31 +352,3 @@ class Database:
         kwargs = support.engine_kwargs({**self.engine_kwargs, **given})
         kwargs["connect_args"] = support.connect_args(kwargs.get("connect_args") or {})
         return kwargs
-
-
-class LoopSessionmaker(async_sessionmaker[AsyncSession]):
-    """An `async_sessionmaker` that finds the running loop's engine at each call."""
-
-    def __init__(self, database: Database) -> None:
-        super().__init__(class_=database.session_class, **database.session_kwargs)
-        self._database = database
-
-    def __call__(self, **local_kw: Any) -> AsyncSession:
-        """A new `AsyncSession`; `local_kw` as for `async_sessionmaker`."""
-        if local_kw.get("bind") is None and self.kw.get("bind") is None:
-            local_kw["bind"] = self._database.async_engine
-        return super().__call__(**local_kw)
-
-
-class SyncSessionmaker(orm.sessionmaker[Session]):
-    """A `sessionmaker` that finds the engine at each call, as the async one does."""
-
-    def __init__(self, database: Database) -> None:
-        super().__init__(class_=database.sync_session_class, **database.session_kwargs)
-        self._database = database
-
-    def __call__(self, **local_kw: Any) -> Session:
-        """A new `Session`; `local_kw` as for `sessionmaker`."""
-        if local_kw.get("bind") is None and self.kw.get("bind") is None:
-            local_kw["bind"] = self._database.engine
-        return super().__call__(**local_kw)

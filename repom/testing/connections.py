@@ -7,15 +7,15 @@ ask the real connection for.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection
-from sqlalchemy.util import await_only
 
 from repom.dialects.write_queue import Ticket
 from repom.errors import InnerCommitError
 from repom.managed import ends_by_hand
+from repom.testing.cursors import RemoteCursor
 from repom.testing.portal import Portal
 from repom.testing.turns import Turns
 from repom.testing.units import Unit
@@ -152,7 +152,7 @@ class SharedConnection(RemoteConnection):
 
     def perform(self, sql: str, function: Callable[..., T], *args: Any) -> T:
         self._refuse_ending(sql)
-        result = self._turns.execute(self.unit, function, *args, sql=sql)
+        result: T = self._turns.execute(self.unit, function, *args, sql=sql)
         self._turns.backend.seen(sql)
         return result
 
@@ -214,7 +214,8 @@ class OwnConnection(RemoteConnection):
         self._connection = connection
 
     def perform(self, sql: str, function: Callable[..., T], *args: Any) -> T:
-        return self._portal.call(self._in_transaction, function, *args)
+        result: T = self._portal.call(self._in_transaction, function, *args)
+        return result
 
     def _in_transaction(self, function: Callable[..., T], *args: Any) -> T:
         if not self._connection.in_transaction():
@@ -229,100 +230,6 @@ class OwnConnection(RemoteConnection):
 
     def close(self) -> None:
         self._portal.post(self._connection.close)
-
-
-class RemoteCursor:
-    """A DBAPI cursor of a `RemoteConnection`."""
-
-    def __init__(self, connection: RemoteConnection, open_real: Callable[[], Any]) -> None:
-        self._connection = connection
-        self._open_real = open_real
-        self._real: Any = None
-        self._sql = ""
-        self._given: dict[str, Any] = {}  # what a dialect sets before there is a real one
-        self._is_closed = False
-
-    def __getattr__(self, name: str) -> Any:
-        if self._real is not None:
-            return getattr(self._real, name)
-        try:
-            return {**_NOT_EXECUTED, **self._given}[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _OF_THE_CURSOR:
-            object.__setattr__(self, name, value)
-        elif self._real is not None:
-            setattr(self._real, name, value)
-        else:
-            self._given[name] = value
-
-    def execute(self, operation: Any, parameters: Any = None) -> Any:
-        return self._execute("execute", operation, parameters)
-
-    def executemany(self, operation: Any, parameters: Any) -> Any:
-        return self._execute("executemany", operation, parameters)
-
-    def callproc(self, name: str, parameters: Any = None) -> Any:
-        return self._execute("callproc", name, parameters)
-
-    def _execute(self, method: str, operation: Any, parameters: Any) -> Any:
-        self._sql = operation if isinstance(operation, str) else str(operation)
-        return self._connection.execute(self._sql, self._there, method, operation, parameters)
-
-    def _there(self, method: str, operation: Any, parameters: Any) -> Any:
-        if self._real is not None and not self._is_closed:
-            self._real.close()
-        self._real = real = self._open_real()
-        self._is_closed = False
-        for name, value in self._given.items():
-            setattr(real, name, value)
-        args = (operation,) if parameters is None else (operation, parameters)
-        result = getattr(real, method)(*args)
-        if not self._reads_later and hasattr(real, "_async_soft_close"):
-            # All rows are here, and closing it later on would be another journey.
-            await_only(real._async_soft_close())
-        return result
-
-    def fetchone(self) -> Any:
-        return self._fetch(self._real.fetchone)
-
-    def fetchmany(self, size: int | None = None) -> Any:
-        return self._fetch(self._real.fetchmany, *(() if size is None else (size,)))
-
-    def fetchall(self) -> Any:
-        return self._fetch(self._real.fetchall)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.fetchone, None)
-
-    def close(self) -> None:
-        if self._real is None or self._is_closed:
-            return
-        self._is_closed = True
-        if self._reads_later:
-            self._connection.finish(self._real.close)
-        else:
-            self._real.close()
-
-    async def _async_soft_close(self) -> None:
-        """For SQLAlchemy's AsyncConnection; see above."""
-
-    def _fetch(self, function: Callable[..., Any], *args: Any) -> Any:
-        if self._reads_later:
-            return self._connection.perform(self._sql, function, *args)
-        return function(*args)
-
-    @property
-    def _reads_later(self) -> bool:
-        """Whether its rows are read bit by bit; psycopg gives such cursors a name."""
-        real = self._real
-        return bool(getattr(real, "server_side", False) or getattr(real, "name", None))
-
-
-_OF_THE_CURSOR = {"_connection", "_given", "_is_closed", "_open_real", "_real", "_sql"}
-_NOT_EXECUTED = {"description": None, "rowcount": -1, "lastrowid": None, "arraysize": 1}
 
 
 def _shown(sql: str) -> str:

@@ -9,11 +9,6 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.pool import NullPool, PoolProxiedConnection
-from sqlalchemy.sql.expression import (
-    ReleaseSavepointClause,
-    RollbackToSavepointClause,
-    SavepointClause,
-)
 from sqlalchemy.util.concurrency import in_greenlet
 
 from repom.dialects import Support
@@ -33,7 +28,7 @@ def remote_engine(
     """
     dialect = _remote(real.dialect, support)
     # Nothing to reset, for a connection that is closed rolls back.
-    pool = NullPool(connect, reset_on_return=None, dialect=dialect)  # type: ignore[arg-type]
+    pool = NullPool(connect, reset_on_return=None, dialect=dialect)
     engine = Engine(
         pool,
         dialect,
@@ -73,19 +68,19 @@ def _of(connection: Any) -> RemoteConnection:
 def _savepoint(connection: Connection, name: str) -> None:
     remote = _of(connection.connection)
     own_name = remote.own_name(name)
-    connection.execute(SavepointClause(own_name))
+    connection.exec_driver_sql(f"SAVEPOINT {own_name}")
     remote.savepoint_begun(own_name)
 
 
 def _release_savepoint(connection: Connection, name: str) -> None:
     remote = _of(connection.connection)
     own_name = remote.own_name(name)
-    connection.execute(ReleaseSavepointClause(own_name))
+    connection.exec_driver_sql(f"RELEASE SAVEPOINT {own_name}")
     remote.savepoint_ended(own_name, undone=False)
 
 
 def _rollback_to_savepoint(connection: Connection, name: str) -> None:
     remote = _of(connection.connection)
     own_name = remote.own_name(name)
-    connection.execute(RollbackToSavepointClause(own_name))
+    connection.exec_driver_sql(f"ROLLBACK TO SAVEPOINT {own_name}")
     remote.savepoint_ended(own_name, undone=True)

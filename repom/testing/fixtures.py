@@ -159,9 +159,12 @@ def _test(kit: Kit, request: pytest.FixtureRequest) -> Iterator[None]:
     finally:
         report = kit.end()
         if report is not None:
-            for difference in report.differences:
-                warnings.warn(f"{difference}.{_WHY_DIFFERENT}", SharedConnectionWarning, 2)
-            _fail_if_untidy(test, report)
+            try:
+                for difference in report.differences:
+                    message = f"{test}: {difference}.{_WHY_DIFFERENT}"
+                    warnings.warn(message, SharedConnectionWarning, stacklevel=1)
+            finally:
+                _fail_if_untidy(test, report)
 
 
 _WHY_DIFFERENT = (

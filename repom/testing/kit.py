@@ -59,9 +59,7 @@ class Kit:
     engine: Engine
     session_engine: Engine
 
-    def __init__(
-        self, configured: Database, replaced: Database, *, only_sync: bool
-    ) -> None:
+    def __init__(self, configured: Database, replaced: Database, *, only_sync: bool) -> None:
         self._configured = configured
         self.home = _of_worker(configured)
         self._replaced = replaced
@@ -104,9 +102,12 @@ class Kit:
     def create_all(self, metadata: MetaData) -> None:
         """Create the missing tables of `metadata`, once."""
         if metadata not in self._schemas:
-            with self.engine.begin() as connection:
-                metadata.create_all(connection)
+            self._portal.call(self._create_all, metadata)
             self._schemas.append(metadata)
+
+    def _create_all(self, metadata: MetaData) -> None:
+        with self._real.begin() as connection:
+            metadata.create_all(connection)
 
     def stop(self) -> None:
         """Close all connections."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import site
 import sys
@@ -9,11 +10,13 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import sqlalchemy
 from greenlet import getcurrent
 
 import repom
+from repom.shield import acting_task
 
 
 def place_here() -> str:
@@ -41,6 +44,18 @@ def _frames() -> Iterator[FrameType]:
         while frame is None and greenlet.parent is not None:
             greenlet = greenlet.parent
             frame = greenlet.gr_frame
+    if asyncio._get_running_loop() is not None:
+        # A unit of work may open its connection when it ends, in a task of its own.
+        task = acting_task()
+        if task is not None and task is not asyncio.current_task():
+            yield from reversed(list(_suspended(task.get_coro())))
+
+
+def _suspended(coroutine: Any) -> Iterator[FrameType]:
+    """The frames of a coroutine that waits, from outside in."""
+    while (frame := getattr(coroutine, "cr_frame", None)) is not None:
+        yield frame
+        coroutine = coroutine.cr_await
 
 
 def _place(frame: FrameType) -> str:

@@ -107,11 +107,11 @@ class LoopPortal:
         async def run() -> T:
             if cancellation is not None:
                 cancellation.task = asyncio.current_task()
-            result: T = await greenlet_spawn(function, *args)
-            return result
+            return await greenlet_spawn(function, *args)
 
         if in_greenlet():
-            return await_only(self.awaited(run(), cancellation))
+            result: T = await_only(self.awaited(run(), cancellation))
+            return result
         return asyncio.run_coroutine_threadsafe(run(), self._loop).result()
 
     async def awaited(self, work: Any, cancellation: Cancellation | None = None) -> Any:
@@ -149,7 +149,7 @@ class LoopBound:
     def __repr__(self) -> str:
         return repr(self._target)
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:  # for isinstance()
         return type(self._target)
 
@@ -198,7 +198,7 @@ def _is_async(value: Any) -> bool:
 
 
 @functools.cache
-def _is_async_type(kind: type) -> bool:
+def _is_async_type(kind: Any) -> bool:
     if any(hasattr(kind, name) for name in ("__await__", "__aenter__", "__aiter__", "__anext__")):
         return True
     return any(inspect.iscoroutinefunction(getattr(kind, name, None)) for name in dir(kind))

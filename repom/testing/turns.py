@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import threading
 import time
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
-
-from sqlalchemy.util import await_only
 
 from repom.dialects.base import aborted
 from repom.errors import SharedConnectionError, WouldDeadlockError
 from repom.testing.backends import Backend
+from repom.testing.changes import Changes
 from repom.testing.portal import Cancellation, Portal
 from repom.testing.units import Caller, Turn, Unit, turn_of, units_here
 
@@ -49,7 +46,7 @@ class Turns:
         self._closed = False
         # Reentrant, because the garbage collector gives up units too, at any allocation.
         self._mutex = threading.RLock()
-        self._waiting: list[Callable[[], None]] = []
+        self._changes = Changes()
 
     # --- for the connections
 
@@ -69,7 +66,8 @@ class Turns:
         here = units_here.get()
         if unit not in here:
             units_here.set((*(one for one in here if one.savepoint), unit))
-        return self._perform(unit, turn, self._statement, function, *args)
+        result: T = self._perform(unit, turn, self._statement, function, *args)
+        return result
 
     def commit(self, unit: Unit) -> None:
         """End `unit` by what COMMIT means: checks, and its work becomes a part of the outer one.
@@ -88,7 +86,7 @@ class Turns:
         Not now, since the garbage collector and cancelled tasks must not wait for a database.
         """
         unit.over = True
-        self._changed()
+        self._changes.notify()
 
     def close(self) -> bool:
         """The test has ended: nothing is executed any more.
@@ -99,9 +97,11 @@ class Turns:
         deadline = time.monotonic() + TURN_TIMEOUT
         with self._mutex:
             self._closed = True
-        self._changed()
-        while self._busy and time.monotonic() < deadline:
-            self._wait_in_thread(deadline)
+        self._changes.notify()
+        while self._busy and (remaining := deadline - time.monotonic()) > 0:
+            wait = self._changes.next(awaits=False)
+            if self._busy:
+                wait(remaining)
         return not self._busy
 
     @property
@@ -113,8 +113,7 @@ class Turns:
 
     def _enter(self, unit: Unit, *, begins: bool = True) -> Turn:
         """Wait for the turn of `unit`, and take it."""
-        caller = Caller.here()
-        unit.caller = caller
+        unit.caller = caller = Caller.here()
         deadline = time.monotonic() + TURN_TIMEOUT
         while True:
             with self._mutex:
@@ -123,13 +122,12 @@ class Turns:
                 if turn is not None:
                     self._take(unit, turn)
                     return turn
-                waiting_for = self._stack[-1] if self._stack else unit
-            if time.monotonic() > deadline:
-                raise self._waited_in_vain(unit, waiting_for)
-            if caller.awaits:
-                await_only(self._wait_in_loop(deadline))
-            else:
-                self._wait_in_thread(deadline)
+                other = self._stack[-1] if self._stack else unit
+                wait = self._changes.next(awaits=caller.awaits)
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise _waited_in_vain(unit, other)
+            wait(remaining)
 
     def _check(self) -> None:
         if self._lost is not None:
@@ -145,24 +143,21 @@ class Turns:
 
     def _take(self, unit: Unit, turn: Turn) -> None:
         self._busy = True
-        for gone in set(self._stack) - set(turn.stack):
-            self._left(gone, turn)
-        self._stack = turn.stack
-        if turn.stack and turn.stack[-1] is unit and unit.savepoint is None:
-            unit.savepoint = next(
-                sql.split()[-1] for sql in reversed(turn.sql) if sql.startswith("SAVEPOINT ")
-            )
-
-    def _left(self, gone: Unit, turn: Turn) -> None:
-        gone.savepoint = None
-        if gone in turn.undone:
+        for gone in self._stack:
+            if gone not in turn.stack:
+                gone.savepoint = None
+        for gone in turn.undone:
             self._note_undone(gone)
+        self._stack = turn.stack
+        if turn.begins is not None:
+            unit.savepoint = turn.begins
 
     def _perform(self, unit: Unit, turn: Turn, function: Callable[..., T], *args: Any) -> T:
         cancellation = Cancellation() if self.backend.can_cancel else None
-        return self.portal.call(
+        result: T = self.portal.call(
             self._there, unit, turn, function, args, cancellation, cancellation=cancellation
         )
+        return result
 
     def _there(
         self,
@@ -176,6 +171,8 @@ class Turns:
         try:
             for sql in turn.sql:
                 self.backend.execute(sql)
+            if unit.failed:
+                self._fail_again()
             return function(unit, cancellation, *args)
         except Exception as error:
             if self.backend.is_lost(error):
@@ -184,7 +181,15 @@ class Turns:
         finally:
             with self._mutex:
                 self._busy = False
-            self._changed()
+            self._changes.notify()
+
+    def _fail_again(self) -> None:
+        """Let PostgreSQL refuse the next statement, if others have worked since it did."""
+        try:
+            self.backend.execute("ROLLBACK TO SAVEPOINT repom_failed")
+        except Exception:
+            return  # as it is meant to
+        raise AssertionError("there is no such savepoint")  # pragma: no cover
 
     def _statement(
         self,
@@ -226,45 +231,6 @@ class Turns:
             unit.savepoint = None
             self._stack = tuple(one for one in stack if one is not unit)
 
-    # --- waiting
-
-    def _changed(self) -> None:
-        with self._mutex:
-            waiting, self._waiting = self._waiting, []
-        for wake in waiting:
-            wake()
-
-    async def _wait_in_loop(self, deadline: float) -> None:
-        loop = asyncio.get_running_loop()
-        changed: asyncio.Future[None] = loop.create_future()
-
-        def set_changed() -> None:
-            if not changed.done():
-                changed.set_result(None)
-
-        def wake() -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(set_changed)
-
-        self._waiting.append(wake)
-        await asyncio.wait((changed,), timeout=max(0.0, deadline - time.monotonic()))
-
-    def _wait_in_thread(self, deadline: float) -> None:
-        changed: SimpleQueue[None] = SimpleQueue()  # reentrant, which an Event is not
-        self._waiting.append(lambda: changed.put(None))
-        try:
-            changed.get(timeout=max(0.0, deadline - time.monotonic()))
-        except Empty:
-            return
-
-    def _waited_in_vain(self, unit: Unit, other: Unit) -> WouldDeadlockError:
-        return WouldDeadlockError(
-            f"the unit of work at {unit.place} has waited {TURN_TIMEOUT:g} s for the end of the "
-            f"one at {other.place}: those of a test share one connection, and take turns.\n"
-            "If they wait for each other, end the first before the other begins; to test both at "
-            "once, leave out the fixture that rolls back, and clean up."
-        )
-
     # --- what would have been different
 
     def rolled_back_to(self, unit: Unit, depth: int) -> None:
@@ -289,3 +255,12 @@ class Turns:
                 f"the unit of work at {place} was committed inside the one at {unit.place}; when "
                 "that was rolled back, it was undone too"
             )
+
+
+def _waited_in_vain(unit: Unit, other: Unit) -> WouldDeadlockError:
+    return WouldDeadlockError(
+        f"the unit of work at {unit.place} has waited {TURN_TIMEOUT:g} s for the end of the one at "
+        f"{other.place}: those of a test share one connection, and take turns.\n"
+        "If they wait for each other, end the first before the other begins; to test both at "
+        "once, leave out the fixture that rolls back, and clean up."
+    )

@@ -106,64 +106,71 @@ class Turn(NamedTuple):
     """What a unit may do now.
 
     Attributes:
-        stack: as it is then, the unit included if it has begun.
+        stack: the units under way, the one whose turn it is included if it has begun.
         sql: to be executed before.
-        undone: units whose work that undoes.
+        begins: the name of the savepoint by which that makes it begin, if it does.
+        undone: the units whose work that undoes.
     """
 
     stack: tuple[Unit, ...]
     sql: tuple[str, ...]
+    begins: str | None
     undone: tuple[Unit, ...]
-
-
-#: Fails on every database with savepoints, and aborts the transaction on PostgreSQL.
-ABORT = "ROLLBACK TO SAVEPOINT repom_failed"
 
 
 def turn_of(
     unit: Unit, stack: Sequence[Unit], caller: Caller, *, begins: bool = True
 ) -> Turn | None:
-    """The turn of `unit`; None if it has to wait for the end of the unit on top.
+    """The turn of `unit`; None if it has to wait for the unit on top.
 
     Args:
         unit: which wants to work.
         stack: the units under way, outermost first.
         caller: the code that wants it.
-        begins: whether it is to have a savepoint; not needed to end it.
+        begins: whether it needs a savepoint; not to end.
     """
-    under_way = list(stack)
+    remaining = list(stack)
     sql: list[str] = []
     undone: list[Unit] = []
-    while under_way and under_way[-1] is not unit:
-        top = under_way[-1]
+    while remaining and remaining[-1] is not unit:
+        top = remaining[-1]
         if top.over or (top.failed and not top.own_savepoints):
-            # Of what has failed nothing can be committed any more.
-            sql += undo(top)
+            # Nothing of what has failed can be committed any more.
+            sql += [_rollback_to(top.savepoint), _release(top.savepoint)]
             undone.append(top)
         elif top.gives_way and not top.own_savepoints:
-            sql.append(f"RELEASE SAVEPOINT {top.savepoint}")
+            sql.append(_release(top.savepoint))
         else:
             break
-        under_way.pop()
-    if under_way and under_way[-1] is not unit:
-        top = under_way[-1]
-        known = unit in under_way
-        if caller.can_wait_for(top) and (known or not (caller.is_inside(top) or top.gives_way)):
+        remaining.pop()
+    is_new = unit not in remaining
+    if remaining and remaining[-1] is not unit:
+        top = remaining[-1]
+        if _has_to_wait(caller, top, is_new=is_new):
             return None
-        if top.failed and not known:
-            sql.append(f"ROLLBACK TO SAVEPOINT {top.own_savepoints[-1]}")
-    if begins and unit not in under_way:
-        sql.append(f"SAVEPOINT {_free_name(under_way)}")
-        under_way.append(unit)
-        if unit.failed:
-            sql.append(ABORT)
-    return Turn(tuple(under_way), tuple(sql), tuple(undone))
+        if top.failed and is_new:
+            sql.append(_rollback_to(top.own_savepoints[-1]))
+    name = None
+    if begins and is_new:
+        name = _free_name(remaining)
+        sql.append(f"SAVEPOINT {name}")
+        remaining.append(unit)
+    return Turn(tuple(remaining), tuple(sql), name, tuple(undone))
 
 
-def undo(unit: Unit) -> list[str]:
-    """The SQL that rolls `unit` back."""
-    name = unit.savepoint
-    return [f"ROLLBACK TO SAVEPOINT {name}", f"RELEASE SAVEPOINT {name}"]
+def _has_to_wait(caller: Caller, top: Unit, *, is_new: bool) -> bool:
+    if not caller.can_wait_for(top):
+        return False
+    # A savepoint of the test's own session may be open until the end of the test.
+    return not is_new or not (caller.is_inside(top) or top.gives_way)
+
+
+def _rollback_to(savepoint: str | None) -> str:
+    return f"ROLLBACK TO SAVEPOINT {savepoint}"
+
+
+def _release(savepoint: str | None) -> str:
+    return f"RELEASE SAVEPOINT {savepoint}"
 
 
 def _free_name(stack: Sequence[Unit]) -> str:

@@ -12,7 +12,14 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from repom import atomic, current_session, current_sync_session, on_commit, session_scope
+from repom import (
+    atomic,
+    current_session,
+    current_sync_session,
+    get_database,
+    on_commit,
+    session_scope,
+)
 from repom.async_session import get_async_db_session
 from repom.middleware import DatabaseSessionMiddleware
 from repom.models import Base
@@ -37,6 +44,10 @@ class Order(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     user_id: Mapped[int]
 
+
+kind = get_database().url.get_backend_name()
+sessions = get_database().sessionmaker
+sync_sessions = get_database().sync_sessionmaker
 
 app = FastAPI()
 app.add_middleware(DatabaseSessionMiddleware)
