@@ -28,24 +28,42 @@ class Backend:
         connection: it.
 
     Attributes:
+        real: what executes statements.
         schema_touched: a statement that changes the schema has been executed by a test.
     """
 
+    #: Whether statements can be executed in any thread, although the driver is an async one.
+    is_direct = False
     #: Whether a statement can be cut off without losing the connection.
     can_cancel = False
-    #: Whether nobody else can use the connection while rows of a cursor are still to be read.
-    reads_block = False
     #: Whether a savepoint replaces one of the same name instead of hiding it.
     names_are_unique = False
 
     def __init__(self, connection: Connection) -> None:
-        self._dialect = connection.dialect
-        self.dbapi_connection: Any = connection.connection.dbapi_connection
+        self._connection = connection
+        self.real: Any = connection.connection.dbapi_connection
         self.schema_touched = False
+
+    def cursor(self, *args: Any, **kwargs: Any) -> Any:
+        """A DBAPI cursor.
+
+        Args:
+            args: of the real connection's `cursor`.
+            kwargs: likewise.
+        """
+        return self.real.cursor(*args, **kwargs)
+
+    def begin(self) -> None:
+        """Begin the transaction of a test."""
+        self._connection.begin()
+
+    def rollback(self) -> None:
+        """Roll the transaction of a test back."""
+        self._connection.rollback()
 
     def execute(self, sql: str) -> Any:
         """Execute `sql` and return the first column of its first row, if there is one."""
-        cursor = self.dbapi_connection.cursor()
+        cursor = self.real.cursor()
         try:
             cursor.execute(sql)
             row = cursor.fetchone() if cursor.description else None
@@ -62,7 +80,7 @@ class Backend:
 
     def is_lost(self, error: Exception) -> bool:
         """Whether `error` is about a connection that is closed."""
-        return self._dialect.is_disconnect(error, self.dbapi_connection, None)  # type: ignore[arg-type]
+        return self._connection.dialect.is_disconnect(error, self.real, None)  # type: ignore[arg-type]
 
     def commits(self, sql: str) -> bool:
         """Whether `sql` would commit all that the test has done."""
@@ -114,19 +132,29 @@ FROM pg_constraint JOIN pg_namespace ON pg_namespace.oid = connamespace WHERE co
 
 
 class SQLite(Backend):
-    """Deferred foreign keys are looked for by every commit."""
+    """Deferred foreign keys are looked for by every commit.
 
+    Statements are executed below the async driver, which has a thread for each connection: two
+    journeys to it and two back would take longer than a statement of a test.
+    """
+
+    is_direct = True
     _defers: bool | None = None
 
     def __init__(self, connection: Connection) -> None:
         super().__init__(connection)
-        driver_connection = connection.connection.driver_connection
-        self._sqlite: sqlite3.Connection = sqlite_connection(driver_connection)
+        self.real = sqlite_connection(connection.connection.driver_connection)
 
-    def execute(self, sql: str) -> Any:
-        # Below the driver, which has a thread for each connection. That has nothing to do now.
-        row = self._sqlite.execute(sql).fetchone()
-        return row and row[0]
+    def cursor(self, *args: Any, **kwargs: Any) -> Any:
+        return self.real.cursor(BufferedCursor)
+
+    def begin(self) -> None:
+        # Without a place in the line of writers, in which the units of the test stand.
+        self.real.execute("BEGIN")
+        self.real.begun = True
+
+    def rollback(self) -> None:
+        self.real.rollback()
 
     def check_constraints(self) -> None:
         if self._defers is None or self.schema_touched:
@@ -141,7 +169,10 @@ class SQLite(Backend):
 
     def is_lost(self, error: Exception) -> bool:
         # INSERT OR ROLLBACK, a full disk and others end the whole transaction.
-        return super().is_lost(error) or not self._sqlite.in_transaction
+        try:
+            return not self.real.in_transaction
+        except sqlite3.ProgrammingError:  # it is closed
+            return True
 
 
 _DEFERS = "SELECT 1 FROM sqlite_master WHERE sql LIKE '%INITIALLY%DEFERRED%'"
@@ -150,14 +181,41 @@ _DEFERS = "SELECT 1 FROM sqlite_master WHERE sql LIKE '%INITIALLY%DEFERRED%'"
 class MySQL(Backend):
     """Statements that commit by themselves are refused."""
 
-    reads_block = True
     names_are_unique = True
+
+    def cursor(self, *args: Any, **kwargs: Any) -> Any:
+        # None whose rows are still to be read, when others want to use the connection.
+        return self.real.cursor()
 
     def commits(self, sql: str) -> bool:
         return _COMMITS_ON_MYSQL.match(sql) is not None
 
     def release_locks(self) -> None:
         self.execute("DO RELEASE_ALL_LOCKS()")
+
+
+class BufferedCursor(sqlite3.Cursor):
+    """A cursor that has read all rows when it has executed, as those of the async driver have.
+
+    One that is still to be read would see what others write, and keep them from rolling back.
+    """
+
+    def execute(self, *args: Any) -> BufferedCursor:
+        super().execute(*args)
+        self._rows = super().fetchall() if self.description else []
+        self._rows.reverse()
+        return self
+
+    def fetchone(self) -> Any:
+        return self._rows.pop() if self._rows else None
+
+    def fetchmany(self, size: int | None = None) -> list[Any]:
+        wanted = self.arraysize if size is None else size
+        return [self._rows.pop() for _ in range(min(wanted, len(self._rows)))]
+
+    def fetchall(self) -> list[Any]:
+        rows, self._rows = self._rows, []
+        return rows[::-1]
 
 
 def backend_of(connection: Connection) -> Backend:

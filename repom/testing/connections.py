@@ -33,25 +33,23 @@ class RemoteConnection:
     """
 
     autocommit = False
-    reads_block = False
 
-    def __init__(self, real: Any, portal: Portal) -> None:
+    def __init__(self, real: Any, driver_connection: Any, portal: Portal) -> None:
         self._real = real
         self._portal = portal
+        #: The driver's, for code that uses it directly.
+        self.driver_connection = driver_connection
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
 
-    @property
-    def driver_connection(self) -> Any:
-        """The driver's, as code may have it that uses it directly."""
-        return self._portal.bound(getattr(self._real, "driver_connection", self._real))
-
     def cursor(self, *args: Any, **kwargs: Any) -> RemoteCursor:
         """A cursor, which opens a real one when it executes."""
-        if self.reads_block:
-            args, kwargs = (), {}  # whose rows are all here when it has executed
-        return RemoteCursor(self, lambda: self._real.cursor(*args, **kwargs))
+        return RemoteCursor(self, lambda: self.real_cursor(*args, **kwargs))
+
+    def real_cursor(self, *args: Any, **kwargs: Any) -> Any:
+        """A cursor of the real connection."""
+        return self._real.cursor(*args, **kwargs)
 
     def execute(self, sql: str, function: Callable[..., T], *args: Any) -> T:
         """Execute `sql` in a transaction, by calling `function` there."""
@@ -114,7 +112,7 @@ class SharedConnection(RemoteConnection):
 
     Args:
         turns: of the test.
-        real: the connection that is shared.
+        driver_connection: the one that is shared.
         place: where this one was opened.
         gives_way: it is of the test's own session.
         on_close: called when it is closed.
@@ -123,14 +121,13 @@ class SharedConnection(RemoteConnection):
     def __init__(
         self,
         turns: Turns,
-        real: Any,
+        driver_connection: Any,
         *,
         place: str,
         gives_way: bool,
         on_close: Callable[[SharedConnection], None],
     ) -> None:
-        super().__init__(real, turns.portal)
-        self.reads_block = turns.backend.reads_block
+        super().__init__(turns.backend.real, driver_connection, turns.portal)
         self.place = place
         self.gives_way = gives_way
         self._turns = turns
@@ -149,6 +146,9 @@ class SharedConnection(RemoteConnection):
     def begin(self, place_in_line: Callable[[], Ticket | None]) -> None:
         if not self.gives_way:
             self._ticket = place_in_line()
+
+    def real_cursor(self, *args: Any, **kwargs: Any) -> Any:
+        return self._turns.backend.cursor(*args, **kwargs)
 
     def perform(self, sql: str, function: Callable[..., T], *args: Any) -> T:
         self._refuse_ending(sql)
@@ -210,7 +210,8 @@ class OwnConnection(RemoteConnection):
     """One that has a real one to itself, for code that runs outside of a test."""
 
     def __init__(self, connection: Connection, portal: Portal) -> None:
-        super().__init__(connection.connection.dbapi_connection, portal)
+        raw = connection.connection
+        super().__init__(raw.dbapi_connection, portal.bound(raw.driver_connection), portal)
         self._connection = connection
 
     def perform(self, sql: str, function: Callable[..., T], *args: Any) -> T:

@@ -9,7 +9,6 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import NullPool
 
 from repom.database import BeginOptions, Database, Engines
-from repom.dialects.sqlite import SQLite, sqlite_connection
 from repom.errors import ConfigurationError, SharedConnectionError
 from repom.testing import workers
 from repom.testing.backends import Backend, backend_of
@@ -133,8 +132,9 @@ class Kit:
             self._base = self._portal.call(self._real.connect)
         if self._backend is None:
             self._backend = backend_of(self._base)
-        self._portal.call(self._begin_base, self._base, self._backend)
-        self._turns = Turns(self._portal, self._backend, test)
+        portal = DirectPortal() if self._backend.is_direct else self._portal
+        portal.call(_begin, self._backend)
+        self._turns = Turns(portal, self._backend, test)
         self._stand_in(self)
 
     def end(self) -> Report | None:
@@ -149,36 +149,15 @@ class Kit:
         self._stand_in(self.home)
         left, self._open = self._open, []
         at_rest = turns.close()
-        lost = turns.lost or (self._end_base() if at_rest else None)
+        lost = turns.lost
+        if lost is None and at_rest:
+            lost = turns.portal.call(_end, self._backend)
         if lost or not at_rest:
             self._portal.call(self._base.invalidate)
         if lost or not at_rest or self._backend.schema_touched:
             self._close_base()  # drivers remember the schema, which was rolled back
         leaks = [connection.place for connection in left if not connection.gives_way]
         return Report(leaks, lost, turns.differences)
-
-    def _begin_base(self, base: Connection, backend: Backend) -> None:
-        base.begin()
-        if isinstance(self._support, SQLite):
-            # In the line of writers are the units of the test.
-            sqlite_connection(base.connection.driver_connection).release()
-        backend.execute(f"SAVEPOINT {_BASE}")
-
-    def _end_base(self) -> BaseException | None:
-        assert self._base is not None
-        assert self._backend is not None
-        base, backend = self._base, self._backend
-
-        def roll_back() -> BaseException | None:
-            try:
-                backend.execute(f"ROLLBACK TO SAVEPOINT {_BASE}")
-            except Exception as error:
-                return error
-            base.rollback()
-            backend.release_locks()
-            return None
-
-        return self._portal.call(roll_back)
 
     def _close_base(self) -> None:
         base, self._base, self._backend = self._base, None, None
@@ -216,7 +195,7 @@ class Kit:
             return None
         connection = SharedConnection(
             self._turns,
-            self._base.connection.dbapi_connection,
+            self._portal.bound(self._base.connection.driver_connection),
             place=place_here(),
             gives_way=gives_way,
             on_close=self._closed,
@@ -263,6 +242,22 @@ class Kit:
 
     def dispose_sync(self) -> None:
         """The same."""
+
+
+def _begin(backend: Backend) -> None:
+    backend.begin()
+    backend.execute(f"SAVEPOINT {_BASE}")
+
+
+def _end(backend: Backend) -> Exception | None:
+    """Roll back; returns why there was nothing to roll back, if so."""
+    try:
+        backend.execute(f"ROLLBACK TO SAVEPOINT {_BASE}")
+    except Exception as error:
+        return error
+    backend.rollback()
+    backend.release_locks()
+    return None
 
 
 def _of_worker(database: Database) -> Database:

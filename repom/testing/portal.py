@@ -11,6 +11,7 @@ import asyncio
 import functools
 import inspect
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
@@ -18,6 +19,10 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
 T = TypeVar("T")
+
+
+# Seconds that a call may block an event loop without anybody noticing.
+_LONG = 0.01
 
 
 class Cancellation:
@@ -51,6 +56,9 @@ class Portal(Protocol):
         """
         ...
 
+    def pause(self) -> None:
+        """Let others of the event loop run, where `call` does not."""
+
     def post(self, function: Callable[[], object]) -> None:
         """Call `function` there, some time; the garbage collector cannot wait."""
 
@@ -63,12 +71,22 @@ class Portal(Protocol):
 
 
 class DirectPortal:
-    """For sync drivers, whose connections any thread can use, one after the other."""
+    """For connections that any thread can use, one after the other."""
+
+    def pause(self) -> None:
+        if in_greenlet():
+            # As every statement of an async driver would. SQLAlchemy insists on it.
+            await_only(asyncio.sleep(0))
 
     def call(
         self, function: Callable[..., T], *args: Any, cancellation: Cancellation | None = None
     ) -> T:
-        return function(*args)
+        start = time.monotonic()
+        result = function(*args)
+        if time.monotonic() - start > _LONG and in_greenlet():
+            for _ in range(2):  # for timers to come due, and for what they cancel to notice
+                await_only(asyncio.sleep(0))
+        return result
 
     def post(self, function: Callable[[], object]) -> None:
         function()
@@ -123,6 +141,9 @@ class LoopPortal:
             if cancellation is not None:
                 self._loop.call_soon_threadsafe(cancellation.cancel)
             raise
+
+    def pause(self) -> None:
+        pass
 
     def post(self, function: Callable[[], object]) -> None:
         asyncio.run_coroutine_threadsafe(greenlet_spawn(function), self._loop)
@@ -194,11 +215,11 @@ class LoopBound:
 
 
 def _is_async(value: Any) -> bool:
-    return inspect.isroutine(value) or _is_async_type(type(value))
+    return inspect.isroutine(value) or _is_async_type(type(value))  # type: ignore[arg-type]
 
 
 @functools.cache
-def _is_async_type(kind: Any) -> bool:
+def _is_async_type(kind: type[object]) -> bool:
     if any(hasattr(kind, name) for name in ("__await__", "__aenter__", "__aiter__", "__anext__")):
         return True
     return any(inspect.iscoroutinefunction(getattr(kind, name, None)) for name in dir(kind))

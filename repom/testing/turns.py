@@ -113,6 +113,7 @@ class Turns:
 
     def _enter(self, unit: Unit, *, begins: bool = True) -> Turn:
         """Wait for the turn of `unit`, and take it."""
+        self.portal.pause()
         unit.caller = caller = Caller.here()
         deadline = time.monotonic() + TURN_TIMEOUT
         while True:
