@@ -165,6 +165,8 @@ class Support:
         if isinstance(error, TransactionAbortedError):
             error.__cause__ = info.get(ABORTED_BY)
             _roll_back(connection)
+        elif isinstance(error, RepomError):
+            return None  # the database has not been asked
         elif context.is_disconnect:
             if commit_sent and not self.is_answer(error):
                 return CommitOutcomeUnknown(

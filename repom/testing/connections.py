@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import Connection
 
@@ -106,6 +106,13 @@ class RemoteConnection:
     def close(self) -> None:
         raise NotImplementedError  # pragma: no cover
 
+    def collected(self) -> None:
+        """The garbage collector is about to close it, since nobody else can any more."""
+
+
+class OnClose(Protocol):
+    def __call__(self, connection: SharedConnection, *, by_collector: bool) -> None: ...
+
 
 class SharedConnection(RemoteConnection):
     """One of many on the connection of a test. Its transactions are units of that.
@@ -114,8 +121,8 @@ class SharedConnection(RemoteConnection):
         turns: of the test.
         driver_connection: the one that is shared.
         place: where this one was opened.
-        gives_way: it is of the test's own session.
-        on_close: called when it is closed.
+        is_of_the_test: whether it is of the test's own session.
+        on_close: called when it is closed, by its user or by the garbage collector.
     """
 
     def __init__(
@@ -124,12 +131,12 @@ class SharedConnection(RemoteConnection):
         driver_connection: Any,
         *,
         place: str,
-        gives_way: bool,
-        on_close: Callable[[SharedConnection], None],
+        is_of_the_test: bool,
+        on_close: OnClose,
     ) -> None:
         super().__init__(turns.backend.real, driver_connection, turns.portal)
         self.place = place
-        self.gives_way = gives_way
+        self.is_of_the_test = is_of_the_test
         self._turns = turns
         self._on_close = on_close
         self._number = next(_numbers)
@@ -140,11 +147,11 @@ class SharedConnection(RemoteConnection):
     def unit(self) -> Unit:
         """The transaction that is open, or a new one."""
         if self._unit is None:
-            self._unit = Unit(self.place, gives_way=self.gives_way)
+            self._unit = Unit(self.place, is_of_the_test=self.is_of_the_test)
         return self._unit
 
     def begin(self, place_in_line: Callable[[], Ticket | None]) -> None:
-        if not self.gives_way:
+        if not self.is_of_the_test:
             self._ticket = place_in_line()
 
     def real_cursor(self, *args: Any, **kwargs: Any) -> Any:
@@ -168,7 +175,14 @@ class SharedConnection(RemoteConnection):
 
     def close(self) -> None:
         self.rollback()
-        self._on_close(self)
+        self._on_close(self, by_collector=False)
+
+    def collected(self) -> None:
+        self._on_close(self, by_collector=True)
+
+    def abandon(self) -> None:
+        """The test has ended, and this one was not closed."""
+        self._ended()
 
     def _ended(self) -> None:
         self._unit = None

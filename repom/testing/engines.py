@@ -7,7 +7,7 @@ from collections.abc import Callable
 from operator import attrgetter, methodcaller
 from typing import Any
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.pool import NullPool, PoolProxiedConnection
 from sqlalchemy.util.concurrency import in_greenlet
 
@@ -29,6 +29,8 @@ def remote_engine(
     dialect = _remote(real.dialect, support)
     # Nothing to reset, for a connection that is closed rolls back.
     pool = NullPool(connect, reset_on_return=None, dialect=dialect)
+    # Said of connections of async drivers; those of sync ones go back to their pool silently.
+    event.listen(pool, "close_detached", _collected)
     engine = Engine(
         pool,
         dialect,
@@ -59,6 +61,10 @@ def _remote(real: Any, support: Support) -> Any:
     dialect.set_isolation_level = RemoteConnection.set_isolation_level
     dialect.reset_isolation_level = RemoteConnection.reset_isolation_level
     return dialect
+
+
+def _collected(connection: Any) -> None:
+    connection.collected()
 
 
 def _of(connection: Any) -> RemoteConnection:

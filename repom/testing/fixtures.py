@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -183,6 +184,7 @@ def _fail_if_untidy(test: str, report: Report) -> None:
             pytrace=False,
         )
     if report.leaks:
+        gc.collect()  # what SQLAlchemy has to say of those belongs to this test
         places = "\n".join(f"  {place}" for place in report.leaks)
         pytest.fail(
             f"{test} left {len(report.leaks)} session(s) or connection(s) open, which were opened "

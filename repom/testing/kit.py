@@ -71,6 +71,7 @@ class Kit:
         self._turns: Turns | None = None
         self._users = 0
         self._open: list[SharedConnection] = []
+        self._leaks: list[str] = []  # of those that are closed by now
         self._variants: dict[BeginOptions, Engine] = {}
         self._schemas: list[MetaData] = []
 
@@ -147,7 +148,11 @@ class Kit:
         assert self._base is not None
         turns, self._turns = self._turns, None
         self._stand_in(self.home)
-        left, self._open = self._open, []
+        left = [connection for connection in self._open if not connection.is_of_the_test]
+        leaks, self._leaks = self._leaks + [connection.place for connection in left], []
+        for connection in self._open:
+            connection.abandon()
+        self._open = []
         at_rest = turns.close()
         lost = turns.lost
         if lost is None and at_rest:
@@ -156,7 +161,6 @@ class Kit:
             self._portal.call(self._base.invalidate)
         if lost or not at_rest or self._backend.schema_touched:
             self._close_base()  # drivers remember the schema, which was rolled back
-        leaks = [connection.place for connection in left if not connection.gives_way]
         return Report(leaks, lost, turns.differences)
 
     def _close_base(self) -> None:
@@ -182,22 +186,22 @@ class Kit:
     # --- connections
 
     def _connect(self) -> RemoteConnection:
-        return self._shared_connection(gives_way=False) or self._own_connection()
+        return self._shared_connection(is_of_the_test=False) or self._own_connection()
 
     def _connect_session(self) -> RemoteConnection:
-        connection = self._shared_connection(gives_way=True)
+        connection = self._shared_connection(is_of_the_test=True)
         if connection is None:
             raise SharedConnectionError("this session belongs to a test that has ended.")
         return connection
 
-    def _shared_connection(self, *, gives_way: bool) -> SharedConnection | None:
+    def _shared_connection(self, *, is_of_the_test: bool) -> SharedConnection | None:
         if self._turns is None or self._base is None:
             return None
         connection = SharedConnection(
             self._turns,
             self._portal.bound(self._base.connection.driver_connection),
             place=place_here(),
-            gives_way=gives_way,
+            is_of_the_test=is_of_the_test,
             on_close=self._closed,
         )
         self._open.append(connection)
@@ -206,9 +210,11 @@ class Kit:
     def _own_connection(self) -> OwnConnection:
         return OwnConnection(self._portal.call(self._real.connect), self._portal)
 
-    def _closed(self, connection: SharedConnection) -> None:
+    def _closed(self, connection: SharedConnection, *, by_collector: bool) -> None:
         if connection in self._open:
             self._open.remove(connection)
+            if by_collector:
+                self._leaks.append(connection.place)
 
     # --- in place of the engines of the databases under test
 

@@ -30,8 +30,7 @@ class Unit:
 
     Attributes:
         place: where its connection was opened.
-        gives_way: it is of the test's own session, whose work is as good as committed for
-            whoever works next.
+        is_of_the_test: of the test's own session.
         savepoint: its name, while it is on the stack.
         own_savepoints: those that its code has begun, innermost last.
         has_written: a statement of it may have changed something.
@@ -42,9 +41,9 @@ class Unit:
         worked_inside: places of outer units that have gone on while this one was on top.
     """
 
-    def __init__(self, place: str, *, gives_way: bool = False) -> None:
+    def __init__(self, place: str, *, is_of_the_test: bool = False) -> None:
         self.place = place
-        self.gives_way = gives_way
+        self.is_of_the_test = is_of_the_test
         self.savepoint: str | None = None
         self.own_savepoints: list[str] = []
         self.has_written = False
@@ -53,6 +52,15 @@ class Unit:
         self.committed_inside: list[tuple[int, str]] = []
         self.worked_inside: list[str] = []
         self.caller = Caller.here()
+
+    @property
+    def gives_way(self) -> bool:
+        """Whether it need not be on the stack: what it has done will never be undone.
+
+        What the test's own session has done is as good as committed, for whoever works next;
+        and who has only read has done nothing.
+        """
+        return not self.own_savepoints and (self.is_of_the_test or not self.has_written)
 
     def __repr__(self) -> str:
         return f"<Unit of {self.place}: {self.savepoint}>"
@@ -138,7 +146,7 @@ def turn_of(
             # Nothing of what has failed can be committed any more.
             sql += [_rollback_to(top.savepoint), _release(top.savepoint)]
             undone.append(top)
-        elif top.gives_way and not top.own_savepoints:
+        elif top.gives_way:
             sql.append(_release(top.savepoint))
         else:
             break
@@ -162,7 +170,7 @@ def _has_to_wait(caller: Caller, top: Unit, *, is_new: bool) -> bool:
     if not caller.can_wait_for(top):
         return False
     # A savepoint of the test's own session may be open until the end of the test.
-    return not is_new or not (caller.is_inside(top) or top.gives_way)
+    return not is_new or not (caller.is_inside(top) or top.is_of_the_test)
 
 
 def _rollback_to(savepoint: str | None) -> str:
