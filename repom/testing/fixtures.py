@@ -96,7 +96,8 @@ def create_test_fixtures(
 
 # --- the kits of this run
 
-_kits: dict[object, Kit] = {}
+#: By what is under test; an error stays, for each test to be told at once.
+_kits: dict[object, Kit | BaseException] = {}
 
 
 def _started(
@@ -110,16 +111,18 @@ def _started(
     """The kit of `database`, which all fixtures for it share, and all its tables."""
     given = _url_of(database)
     key = given or as_databases(database)[None]
-    kit = _kits.get(key)
-    if kit is None:
-        kit = _new_kit(database, given, only_sync=only_sync)
-        _kits[key] = kit
-
-        def stop() -> None:
-            del _kits[key]
-            kit.stop()
-
-        request.session.addfinalizer(stop)
+    if key not in _kits:
+        request.session.addfinalizer(lambda: _kits.pop(key))
+        try:
+            kit = _kits[key] = _new_kit(database, given, only_sync=only_sync)
+        except BaseException as error:
+            _kits[key] = error
+            raise
+        request.session.addfinalizer(kit.stop)
+    found = _kits[key]
+    if isinstance(found, BaseException):
+        raise found
+    kit = found
     if needs_async:
         kit.require_async()
     kit.create_all(Base.metadata if metadata is None else metadata)

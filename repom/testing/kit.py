@@ -69,6 +69,7 @@ class Kit:
         self._base: Connection | None = None
         self._backend: Backend | None = None
         self._turns: Turns | None = None
+        self._made_database = False
         self._users = 0
         self._open: list[SharedConnection] = []
         self._leaks: list[str] = []  # of those that are closed by now
@@ -81,6 +82,7 @@ class Kit:
         """Make the engines, and the database of the worker."""
         if self.home is not self._configured:
             self._portal.call(workers.create, self._support, self._engine_of_configured())
+            self._made_database = True
         self._real = self._new_engine(self.home)
         self._base = self._portal.call(self._real.connect)  # by which its dialect is initialized
         self.engine = remote_engine(self._real, self._support, self._connect)
@@ -114,7 +116,7 @@ class Kit:
         self._configured.stand_in = self._replaced.stand_in = None
         self._close_base()
         self.home.dispose_sync()
-        if self.home is not self._configured:
+        if self._made_database:
             self._portal.call(workers.drop, self._support, self._engine_of_configured())
         self._portal.close()
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException, WebSocket
 from fastapi.responses import StreamingResponse
-from sqlalchemy import ForeignKeyConstraint, String, select
+from sqlalchemy import ForeignKeyConstraint, String, insert, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, Session, mapped_column
@@ -39,7 +39,7 @@ class Order(Base):
     __table_args__ = (
         ForeignKeyConstraint(
             ["user_id"], ["users.id"], deferrable=True, initially="DEFERRED"
-        ).ddl_if(dialect=("postgresql", "sqlite")),
+        ).ddl_if(callable_=lambda *_, dialect, **__: dialect.name in ("postgresql", "sqlite")),
     )
     id: Mapped[int] = mapped_column(primary_key=True)
     user_id: Mapped[int]
@@ -156,7 +156,7 @@ async def swallowed(email: str) -> None:
     """The error of the database is swallowed."""
     await create(email)
     try:
-        await current_session().execute(User.__table__.insert().values(email=email))
+        await current_session().execute(insert(User).values(email=email))
     except IntegrityError:
         return
 

@@ -3,12 +3,10 @@ with the test."""
 
 import asyncio
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from app import Order, User, create, kind
 from sqlalchemy import insert, select, text, update
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError, IntegrityError
@@ -28,12 +26,12 @@ from repom import (
 from repom.async_session import get_async_db_session, get_async_session
 from repom.errors import (
     InnerCommitError,
-    SharedConnectionError,
     TransactionAbortedError,
     WouldDeadlockError,
 )
 from repom.session import get_db_session, get_db_transaction, get_session
 from repom.testing import captured_on_commit_callbacks
+from tests.testing.inner.app import Order, User, create, kind
 
 pytestmark = pytest.mark.usefixtures("starts_empty")
 many_writers = pytest.mark.skipif(kind == "sqlite", reason="SQLite has one writer at a time")
@@ -130,7 +128,7 @@ def test_sync_units(db_test: Session) -> None:
 
 def test_factories_made_before_the_test(db_test: Session) -> None:
     """A session factory of the database, made at import, is one for the tests, too."""
-    from app import sessions, sync_sessions
+    from tests.testing.inner.app import sessions, sync_sessions
 
     async def create() -> None:
         async with sessions.begin() as session:
@@ -150,11 +148,11 @@ async def test_engines(db_test: Session, async_db_engine: AsyncEngine, db_engine
             await connection.execute(insert(User).values(email=f"async {number}"))
         async with engine.connect() as connection:
             await connection.execute(insert(User).values(email="not committed"))
-    for number, engine in enumerate((database.engine, db_engine)):
-        with engine.begin() as connection:
-            connection.execute(insert(User).values(email=f"sync {number}"))
-        with engine.connect() as connection:
-            connection.execute(insert(User).values(email="not committed"))
+    for number, sync_engine in enumerate((database.engine, db_engine)):
+        with sync_engine.begin() as sync_connection:
+            sync_connection.execute(insert(User).values(email=f"sync {number}"))
+        with sync_engine.connect() as sync_connection:
+            sync_connection.execute(insert(User).values(email="not committed"))
     await database.ping()
     await database.dispose()
     assert emails(db_test) == ["async 0", "async 1", "sync 0", "sync 1"]
@@ -219,7 +217,7 @@ async def test_sync_code_in_the_loop(db_test: Session, async_db_test: AsyncSessi
 
 async def test_callbacks(db_test: Session) -> None:
     """Called as in production: after the commit, with what is committed to be seen."""
-    called = []
+    called: list[object] = []
 
     async def later() -> None:
         called.append(list(await current_session().scalars(select(User.email))))
@@ -241,7 +239,7 @@ async def test_callbacks(db_test: Session) -> None:
 
 async def test_captured_callbacks(db_test: Session) -> None:
     """Those of what is committed, and not run; in a block with `execute`, run too."""
-    from app import committed
+    from tests.testing.inner.app import committed
 
     with captured_on_commit_callbacks() as callbacks:
         async with session_scope():
@@ -461,9 +459,12 @@ async def test_aborted_transaction(db_test: Session) -> None:
             with pytest.raises(IntegrityError):
                 await session.execute(insert(User).values(email="a"))
     assert "duplicate key" in str(caught.value.__cause__)
-    with pytest.raises(TransactionAbortedError), sync_session_scope() as session:
-        with pytest.raises(IntegrityError):
-            session.execute(insert(User).values(email="a"))
+    with (
+        pytest.raises(TransactionAbortedError),
+        sync_session_scope() as sync_session,
+        pytest.raises(IntegrityError),
+    ):
+        sync_session.execute(insert(User).values(email="a"))
     assert emails(db_test) == ["a"]
 
 
@@ -555,8 +556,8 @@ async def test_bulk_and_lastrowid(async_db_test: AsyncSession) -> None:
     rows = [{"email": f"x{n}"} for n in range(10)]
     await async_db_test.execute(insert(User), rows)
     connection = await async_db_test.connection()
-    await connection.execute(insert(User.__table__), [{"email": f"y{n}"} for n in range(3)])
-    changed = await async_db_test.execute(
+    await connection.execute(insert(User), [{"email": f"y{n}"} for n in range(3)])
+    changed: Any = await async_db_test.execute(
         update(User).where(User.email.like("x%")).values(email=User.email + "!")
     )
     assert changed.rowcount == 10
@@ -612,11 +613,6 @@ def test_thread_that_outlives_its_unit(db_test: Session) -> None:
     assert emails(db_test) == ["first"]
 
 
-@pytest.fixture
-def of_the_test_before() -> Iterator[list[Any]]:
-    return _kept
-
-
 _kept: list[Any] = []
 
 
@@ -632,8 +628,3 @@ async def test_session_of_a_test_that_has_ended(db_test: Session) -> None:
     await session.commit()
     await session.close()
     assert emails(db_test) == ["a"]
-
-
-async def test_connection_of_a_test_that_has_ended() -> None:
-    """Is refused; see the suite `untidy` for the test that leaves one open."""
-    assert SharedConnectionError.__doc__ is not None

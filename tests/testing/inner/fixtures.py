@@ -3,12 +3,12 @@
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-import app
 import httpx
 import pytest
 import pytest_asyncio
 
 from repom.testing import create_async_test_fixtures, create_test_fixtures, test_client
+from tests.testing.inner import app
 
 async_db_engine, async_db_test = create_async_test_fixtures()
 db_engine, db_test = create_test_fixtures()
