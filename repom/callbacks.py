@@ -29,6 +29,22 @@ class _Registered(NamedTuple):
     savepoint: SessionTransaction | None  # the innermost one, when it was registered
 
 
+class Capture(NamedTuple):
+    """Where a test collects the `on_commit` callbacks that become due.
+
+    Attributes:
+        callbacks: these, in order.
+        execute: whether they are run all the same.
+    """
+
+    callbacks: list[Callback]
+    execute: bool
+
+
+#: Those under way; empty outside of tests.
+captures: list[Capture] = []
+
+
 class Callbacks:
     """The `on_commit` and `on_rollback` callbacks of one scope, in order.
 
@@ -53,7 +69,11 @@ class Callbacks:
     def committed(self) -> None:
         """The transaction has been committed."""
         if self._on_commit or self._on_rollback:
-            self._due += [registered.due for registered in self._on_commit]
+            committed = [registered.due for registered in self._on_commit]
+            for capture in captures:
+                capture.callbacks.extend(due.callback for due in committed)
+            if all(capture.execute for capture in captures):
+                self._due += committed
             self._clear()
 
     def rolled_back(self) -> None:

@@ -8,13 +8,12 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any, Generic, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol
 
-from sqlalchemy import URL, Engine, MetaData, create_engine, orm
+from sqlalchemy import URL, Engine, MetaData, create_engine
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
-    async_sessionmaker,
     create_async_engine,
 )
 from sqlalchemy.orm import Session
@@ -22,9 +21,15 @@ from typing_extensions import TypeVar
 
 from repom.config import RepomConfig, get_config
 from repom.dialects import Begin, Support, support_for
-from repom.dialects.sqlite import is_sqlite, private_memory, queueing_engine
+from repom.dialects.sqlite import (
+    immediate_engine,
+    is_sqlite,
+    private_memory,
+    queueing_engine,
+)
 from repom.errors import ConfigurationError
 from repom.loops import LoopEngines, close_returned
+from repom.sessionmakers import LoopSessionmaker, SyncSessionmaker
 from repom.urls import parse_url, require_driver, safe, to_async, to_sync
 
 logger = logging.getLogger("repom")
@@ -32,7 +37,6 @@ logger = logging.getLogger("repom")
 #: The classes of a database's sessions. A `Database` without them is one of SQLAlchemy's own.
 AsyncSessionT = TypeVar("AsyncSessionT", bound=AsyncSession, covariant=True, default=AsyncSession)
 SessionT = TypeVar("SessionT", bound=Session, covariant=True, default=Session)
-_AS = TypeVar("_AS", bound=AsyncSession)
 
 #: Laid under every `session_kwargs`.
 SESSION_DEFAULTS: Mapping[str, Any] = {
@@ -51,6 +55,19 @@ class BeginOptions(NamedTuple):
 
     sqlite_begin: Begin = "DEFERRED"
     isolation_level: str | None = None
+
+
+class Engines(Protocol):
+    """What a `Database` asks for engines while something stands in for its own.
+
+    Another `Database` can, and so can the connection of a test (`repom.testing`).
+    """
+
+    def async_bind(self, options: BeginOptions) -> AsyncEngine: ...
+    def sync_bind(self, options: BeginOptions) -> Engine: ...
+    def check(self) -> None: ...
+    async def dispose(self) -> None: ...
+    def dispose_sync(self) -> None: ...
 
 
 class Database(Generic[AsyncSessionT, SessionT]):
@@ -98,9 +115,11 @@ class Database(Generic[AsyncSessionT, SessionT]):
         self.sqlite_begin: Begin | None = sqlite_begin
         self.pgbouncer = pgbouncer
         self.is_sqlite = is_sqlite(self.url)
+        #: In tests, whose engines are used in place of its own.
+        self.stand_in: Engines | None = None
         self._async_engines = LoopEngines(
             self.new_async_engine,
-            lambda connection: self._async_support().abandon(connection),
+            lambda connection: self.async_support().abandon(connection),
             safe(self.url),
         )
         self._sync_engine: Engine | None = None
@@ -108,19 +127,37 @@ class Database(Generic[AsyncSessionT, SessionT]):
         self._mutex = threading.RLock()
 
     @classmethod
-    def from_config(cls: type[Database], config: RepomConfig | None = None) -> Database:
+    def from_config(
+        cls: type[Database], config: RepomConfig | None = None, *, url: str | URL | None = None
+    ) -> Database:
         """The default database of `config`, or of the configuration of this process.
+
+        Args:
+            config: by default that of this process.
+            url: in place of the configured one.
 
         Raises:
             ConfigurationError: what is configured cannot be used.
         """
         config = get_config() if config is None else config
         return cls(
-            config.db_url,
+            config.db_url if url is None else url,
             engine_kwargs=config.engine_kwargs,
             session_kwargs=config.session_kwargs,
             sqlite_begin=config.sqlite_begin,
             pgbouncer=config.pgbouncer,
+        )
+
+    def at(self, url: str | URL) -> Database:
+        """A database that is used as this one is, at another URL."""
+        return Database(
+            url,
+            engine_kwargs=self.engine_kwargs,
+            session_kwargs=self.session_kwargs,
+            session_class=self.session_class,
+            sync_session_class=self.sync_session_class,
+            sqlite_begin=self.sqlite_begin,
+            pgbouncer=self.pgbouncer,
         )
 
     def __repr__(self) -> str:
@@ -136,6 +173,8 @@ class Database(Generic[AsyncSessionT, SessionT]):
             RuntimeError: no event loop runs in this thread.
             ConfigurationError: the URL has no async driver, or it is not installed.
         """
+        if self.stand_in is not None:
+            return self.stand_in.async_bind(BeginOptions())
         return self._async_engines.here().engine
 
     @property
@@ -145,6 +184,8 @@ class Database(Generic[AsyncSessionT, SessionT]):
         Raises:
             ConfigurationError: the URL has no sync driver, or it is not installed.
         """
+        if self.stand_in is not None:
+            return self.stand_in.sync_bind(BeginOptions())
         with self._mutex:
             if self._sync_engine is None:
                 self._sync_engine = self.new_engine()
@@ -152,6 +193,8 @@ class Database(Generic[AsyncSessionT, SessionT]):
 
     def async_bind(self, options: BeginOptions) -> AsyncEngine:
         """The running loop's engine, for sessions whose transactions begin as `options` say."""
+        if self.stand_in is not None:
+            return self.stand_in.async_bind(options)
         here = self._async_engines.here()
         bind = here.variants.get(options)
         if bind is None:
@@ -163,6 +206,8 @@ class Database(Generic[AsyncSessionT, SessionT]):
 
     def sync_bind(self, options: BeginOptions) -> Engine:
         """The sync engine, for sessions whose transactions begin as `options` say."""
+        if self.stand_in is not None:
+            return self.stand_in.sync_bind(options)
         bind = self._sync_variants.get(options)
         if bind is None:
             with self._mutex:  # or a `dispose()` meanwhile would leave us an engine it has ended
@@ -180,9 +225,9 @@ class Database(Generic[AsyncSessionT, SessionT]):
         return LoopSessionmaker(self)
 
     @cached_property
-    def sync_sessionmaker(self) -> orm.sessionmaker[SessionT]:
+    def sync_sessionmaker(self) -> SyncSessionmaker[SessionT]:
         """Makes plain `Session`s. Whoever calls it commits and closes."""
-        return orm.sessionmaker(self.engine, class_=self.sync_session_class, **self.session_kwargs)
+        return SyncSessionmaker(self)
 
     # --- life-cycle
 
@@ -196,11 +241,14 @@ class Database(Generic[AsyncSessionT, SessionT]):
             ConfigurationError: no driver for the URL, driver not installed, an SQLite file that
                 cannot be written.
         """
+        if self.stand_in is not None:
+            self.stand_in.check()
+            return
         try:
-            support = self._async_support()
+            support = self.async_support()
         except ConfigurationError as error:
             try:
-                support = self._sync_support()
+                support = self.sync_support()
             except ConfigurationError:
                 raise error from None
             logger.warning("%r can be used by sync code only. %s", self, error)
@@ -230,15 +278,18 @@ class Database(Generic[AsyncSessionT, SessionT]):
 
         The next use opens new ones. A loop that `asyncio.run()` ends does this by itself.
         """
+        if self.stand_in is not None:
+            await self.stand_in.dispose()
         await self._async_engines.dispose()
         self.dispose_sync()
 
     def dispose_sync(self) -> None:
         """Close the pooled connections of the sync engine."""
+        if self.stand_in is not None:
+            self.stand_in.dispose_sync()
         with self._mutex:
             engine, self._sync_engine = self._sync_engine, None
             self._sync_variants.clear()
-            self.__dict__.pop("sync_sessionmaker", None)
         if engine is not None:
             close_returned(engine)
             engine.dispose()
@@ -251,26 +302,33 @@ class Database(Generic[AsyncSessionT, SessionT]):
         Args:
             engine_kwargs: laid over those of this database.
         """
-        support = self._async_support()
+        support = self.async_support()
         engine = create_async_engine(support.url, **self._create_kwargs(support, engine_kwargs))
         support.install(engine.sync_engine)
         return engine
 
     def new_engine(self, **engine_kwargs: Any) -> Engine:
         """A new `Engine`: the sync twin of `new_async_engine`."""
-        support = self._sync_support()
+        support = self.sync_support()
         engine = create_engine(support.url, **self._create_kwargs(support, engine_kwargs))
         support.install(engine)
         return engine
 
     def _variant(self, engine: Engine, options: BeginOptions) -> Engine:
         """`engine`, or one with the same pool whose transactions begin as `options` say."""
-        if options.isolation_level is not None:
-            engine = engine.execution_options(isolation_level=options.isolation_level)
+        engine = self.beginning(engine, options)
         if self.is_sqlite and options.isolation_level != "AUTOCOMMIT":
             begin = self.sqlite_begin or options.sqlite_begin
             if begin == "IMMEDIATE" or self._memory_safe_url is not self.url:
-                engine = queueing_engine(engine, begin)
+                engine = queueing_engine(engine)
+        return engine
+
+    def beginning(self, engine: Engine, options: BeginOptions) -> Engine:
+        """The same, for connections that are there already."""
+        if options.isolation_level is not None:
+            engine = engine.execution_options(isolation_level=options.isolation_level)
+        if self.is_sqlite and self.sqlite_begin is None and options.sqlite_begin == "IMMEDIATE":
+            engine = immediate_engine(engine)
         return engine
 
     @cached_property
@@ -282,10 +340,16 @@ class Database(Generic[AsyncSessionT, SessionT]):
             weakref.finalize(self, keeper.close)
         return url
 
-    def _async_support(self) -> Support:
+    def async_support(self) -> Support:
+        """What the dialect needs in async code.
+
+        Raises:
+            ConfigurationError: the URL has no async driver, or it is not installed.
+        """
         return self._support(to_async, is_async=True)
 
-    def _sync_support(self) -> Support:
+    def sync_support(self) -> Support:
+        """The sync twin of `async_support`."""
         return self._support(to_sync, is_async=False)
 
     def _support(
@@ -307,17 +371,3 @@ class Database(Generic[AsyncSessionT, SessionT]):
         kwargs = support.engine_kwargs({**self.engine_kwargs, **given})
         kwargs["connect_args"] = support.connect_args(kwargs.get("connect_args") or {})
         return kwargs
-
-
-class LoopSessionmaker(async_sessionmaker[_AS]):
-    """An `async_sessionmaker` that finds the running loop's engine at each call."""
-
-    def __init__(self, database: Database[_AS, Any]) -> None:
-        super().__init__(class_=database.session_class, **database.session_kwargs)
-        self._database = database
-
-    def __call__(self, **local_kw: Any) -> _AS:
-        """A new `AsyncSession`; `local_kw` as for `async_sessionmaker`."""
-        if local_kw.get("bind") is None and self.kw.get("bind") is None:
-            local_kw["bind"] = self._database.async_engine
-        return super().__call__(**local_kw)

@@ -137,3 +137,13 @@ class PartialCommitError(TransactionError):
 
 class ConcurrentSessionUse(TransactionError):
     """Two tasks used one session in a way that queueing cannot make safe."""
+
+
+# --- tests ----------------------------------------------------------------------------------
+
+
+class SharedConnectionError(RepomError):
+    """The connection that the sessions of a test share cannot be used, or not any more.
+
+    The test has ended, or something has closed the connection or ended its transaction.
+    """

@@ -355,9 +355,14 @@ def _wait_for_deferred(session: Session) -> None:
     await_only(deferred.settled())
 
 
+def ends_by_hand(sql: str) -> bool:
+    """Whether `sql` begins or ends a transaction."""
+    return _ENDS_BY_HAND.match(sql) is not None
+
+
 def _refuse_ending_by_hand(statement: Any) -> None:
     sql = statement.text if isinstance(statement, TextClause) else statement
-    if isinstance(sql, str) and _ENDS_BY_HAND.match(sql):
+    if isinstance(sql, str) and ends_by_hand(sql):
         raise InnerCommitError(
             f"{sql.strip()!r} was executed, which would end the transaction behind the back of "
             "its owner.\nWrite `await session.rollback()`, `await current_scope().commit()`, or "

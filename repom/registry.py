@@ -85,6 +85,15 @@ def get_database(name: str = DEFAULT) -> Database:
         return _configured[name]
 
 
+def default_or(database: Database) -> Database:
+    """The configured default database if it is in use, else `database`, which it is from now on.
+
+    For tests: nothing is read from the configuration.
+    """
+    with _mutex:
+        return _configured.setdefault(DEFAULT, database)
+
+
 def configured_so_far() -> list[Database]:
     """The databases of the configuration that have been used, for disposing of them."""
     return list(_configured.values())

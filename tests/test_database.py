@@ -206,7 +206,7 @@ async def test_connect_args_of_the_url_and_of_the_application_are_both_used(
     async with database.async_engine.connect() as connection:
         name = await connection.execute(text("select current_setting('application_name')"))
         assert name.scalar() == "mine"
-    support = database._async_support()
+    support = database.async_support()
     seen.append(support.connect_args({"server_settings": {}}))
     seen.append(support.connect_args({"timeout": 3}))
     assert seen == [{"timeout": 7.0, "server_settings": {}}, {"timeout": 3}]

@@ -16,6 +16,7 @@ from sqlalchemy import URL, Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, Pool, PoolProxiedConnection, QueuePool
 
+from repom.dialects.write_queue import Ticket
 from repom.errors import (
     CommitOutcomeUnknown,
     DatabaseUnreachableError,
@@ -104,6 +105,18 @@ class Support:
         What repom does not know how to close, the driver closes when it is collected.
         """
 
+    def place_in_line(self, connection: PoolProxiedConnection, *, awaits: bool) -> Ticket | None:
+        """The right to write, for a transaction that only `repom.testing` begins.
+
+        Args:
+            connection: where it begins.
+            awaits: whether the caller awaits its turn, or blocks its thread.
+
+        Returns:
+            None where there may be many writers.
+        """
+        return None
+
     # --- the two truths
 
     def install(self, engine: Engine) -> None:
@@ -117,6 +130,10 @@ class Support:
         dialect.do_begin = partial(self._begin, dialect.do_begin)
         dialect.do_commit = partial(self._commit, dialect.do_commit)
         dialect.do_rollback = partial(self._rollback, dialect.do_rollback)
+        self.watch(engine)
+
+    def watch(self, engine: Engine) -> None:
+        """Make `engine` keep the two truths, if its dialect is that of an installed one."""
         event.listen(engine, "handle_error", self._on_error)
 
     def _connect(self, connect: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -128,11 +145,15 @@ class Support:
             raise self.connect_failed(error) from error
 
     def _begin(self, do_begin: Callable[..., None], connection: PoolProxiedConnection) -> None:
+        self.begins(connection)
+        do_begin(connection)
+
+    def begins(self, connection: PoolProxiedConnection) -> None:
+        """Forget what was known of the transaction before the one that begins."""
         info = connection.info
         info.pop(ABORTED_BY, None)
         info.pop(CLOSED_BY_COMMIT, None)
         info.pop(_IS_CLEAN, None)
-        do_begin(connection)
 
     def _commit(self, do_commit: Callable[..., None], connection: PoolProxiedConnection) -> None:
         # What is raised here, `_on_error` sees.
@@ -167,6 +188,8 @@ class Support:
         if isinstance(error, TransactionAbortedError):
             error.__cause__ = info.get(ABORTED_BY)
             _roll_back(connection)
+        elif isinstance(error, RepomError):
+            return None  # the database has not been asked
         elif context.is_disconnect:
             if commit_sent and not self.is_answer(error):
                 return CommitOutcomeUnknown(

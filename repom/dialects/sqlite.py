@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -74,30 +75,34 @@ def private_memory(url: URL) -> URL:
     )
 
 
-def queueing_engine(engine: Engine, begin: Begin) -> Engine:
-    """The same engine, for transactions that begin so: they wait in line, if they have to,
-    before they take a connection.
+def immediate_engine(engine: Engine) -> Engine:
+    """The same engine, with transactions that take the write lock when they begin."""
+    variant = engine.execution_options()
+    event.listen(variant, "begin", _next_is_immediate)
+    return variant
+
+
+def queueing_engine(engine: Engine) -> Engine:
+    """The same engine, whose transactions wait in line before they take a connection.
 
     Waiting with one in hand, they would keep it from the readers, and from the writer itself
     when that wants a second one.
     """
     variant = engine.execution_options()
     variant.__class__ = _QueueingEngine
-    if begin == "IMMEDIATE":
-        event.listen(variant, "begin", _next_is_immediate)
     return variant
 
 
 class _QueueingEngine(OptionEngine):
     def raw_connection(self) -> PoolProxiedConnection:
         dialect: Any = self.dialect
-        ticket: Ticket = dialect.repom_wait_for_turn()
+        ticket: Ticket = dialect.repom_queue_up()
         try:
             connection = super().raw_connection()
         except BaseException:
             ticket.release()
             raise
-        _sqlite(connection.driver_connection).ticket = ticket
+        sqlite_connection(connection.driver_connection).ticket = ticket
         return connection
 
 
@@ -109,7 +114,7 @@ class SQLite(Support):
     """Begins every transaction for real, and lets the writers of one file queue.
 
     Args:
-        begin: how transactions begin, but for those of `queueing_engine()`.
+        begin: how transactions begin, but for those of `immediate_engine()`.
     """
 
     def __init__(
@@ -163,7 +168,7 @@ class SQLite(Support):
     def aborts(self, error: Exception, driver_connection: Any) -> bool:
         # INSERT OR ROLLBACK, a full disk and others end a transaction behind our back
         # (https://sqlite.org/lang_transaction.html, section 3).
-        sqlite = _sqlite(driver_connection)
+        sqlite = sqlite_connection(driver_connection)
         ended = sqlite.begun and not sqlite.in_transaction
         if ended:
             # Without a transaction, each statement that follows would commit itself.
@@ -171,7 +176,7 @@ class SQLite(Support):
         return ended
 
     def is_aborted(self, connection: PoolProxiedConnection) -> bool:
-        sqlite = _sqlite(connection.driver_connection)
+        sqlite = sqlite_connection(connection.driver_connection)
         return super().is_aborted(connection) or (sqlite.begun and not sqlite.in_transaction)
 
     def connect_failed(self, error: Exception) -> RepomError:
@@ -193,7 +198,7 @@ class SQLite(Support):
     def install(self, engine: Engine) -> None:
         super().install(engine)
         dialect: Any = engine.dialect
-        dialect.repom_wait_for_turn = self._wait_for_turn
+        dialect.repom_queue_up = partial(self._queue_up, awaits=self.is_async)
         if self.is_async:
             # SQLAlchemy awaits aiosqlite's close() first. Cancelled there, it stops the thread
             # that was to do that, and leaves a task behind that waits for it forever.
@@ -202,24 +207,33 @@ class SQLite(Support):
     def _connect(self, connect: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         dbapi_connection = super()._connect(connect, *args, **kwargs)
         driver_connection = getattr(dbapi_connection, "driver_connection", dbapi_connection)
-        _sqlite(driver_connection).is_delivered = True
+        sqlite_connection(driver_connection).is_delivered = True
         return dbapi_connection
 
     def _begin(self, do_begin: Callable[..., None], connection: PoolProxiedConnection) -> None:
         super()._begin(do_begin, connection)
-        marked = connection.info.pop(_IMMEDIATE, False)
-        sqlite = _sqlite(connection.driver_connection)
+        sqlite = sqlite_connection(connection.driver_connection)
+        immediate = self._is_immediate(connection)
         if sqlite.isolation_level is None:
             sqlite.release()
             return  # AUTOCOMMIT
-        immediate = marked or self.begin_mode == "IMMEDIATE"
-        # A memory database has no readers beside its writer, so all of them wait in line.
-        if (immediate or self.is_memory) and sqlite.ticket is None:
-            sqlite.ticket = self._wait_for_turn()
+        if sqlite.ticket is None:
+            sqlite.ticket = self._wait_for_turn(immediate, awaits=self.is_async)
         sqlite.begin_next = "BEGIN IMMEDIATE" if immediate else "BEGIN"
 
-    def _wait_for_turn(self) -> Ticket:
-        me = Writer(surroundings.get(), acting_task() if self.is_async else None)
+    def _is_immediate(self, connection: PoolProxiedConnection) -> bool:
+        marked = connection.info.pop(_IMMEDIATE, False)
+        return marked or self.begin_mode == "IMMEDIATE"
+
+    def place_in_line(self, connection: PoolProxiedConnection, *, awaits: bool) -> Ticket | None:
+        return self._wait_for_turn(self._is_immediate(connection), awaits=awaits)
+
+    def _wait_for_turn(self, immediate: bool, *, awaits: bool) -> Ticket | None:
+        # A memory database has no readers beside its writer, so all of them wait in line.
+        return self._queue_up(awaits=awaits) if immediate or self.is_memory else None
+
+    def _queue_up(self, *, awaits: bool) -> Ticket:
+        me = Writer(surroundings.get(), acting_task() if awaits else None)
         if me.would_wait_for_itself(self._queue.holder()):
             raise WouldDeadlockError(
                 f"this scope would wait for itself: an enclosing one holds the write lock of "
@@ -227,7 +241,7 @@ class SQLite(Support):
                 "end its transaction first (`await current_scope().commit()`)."
             )
         try:
-            if self.is_async:
+            if awaits:
                 return await_only(self._queue.acquire_async(me, self.timeout))
             if self._queue.holder() is None:
                 return self._queue.acquire(me, self.timeout)
@@ -387,7 +401,7 @@ def _factory(base: Any, *, read_only: bool) -> Any:
     return type("RepomSQLiteConnection", bases, {"read_only": read_only})
 
 
-def _sqlite(driver_connection: Any) -> RepomSQLiteConnection:
+def sqlite_connection(driver_connection: Any) -> RepomSQLiteConnection:
     """The sqlite3 connection, which aiosqlite wraps and SQLAlchemy's own dialect unwraps so."""
     return getattr(driver_connection, "_conn", driver_connection)  # type: ignore[no-any-return]
 
