@@ -438,3 +438,59 @@ def test_a_password_that_was_given_as_an_option_is_hidden() -> None:
     shown: Callable[[str], str] = lambda url: repr(Database(url))  # noqa: E731
     assert "secret" not in shown("postgresql://app@host/shop?password=secret")
     assert "secret" not in shown("postgresql://app:secret@host/shop")
+
+
+async def test_another_database_stands_in(sqlite_url: str, database_url: str) -> None:
+    """In tests: all engines and sessions are its own, those of factories made before too, and
+    what is asked of the one is done by the other. Afterwards all is as before."""
+    database, other = Database(f"{sqlite_url}.not-there"), Database(database_url)
+    make_async, make_sync = database.sessionmaker, database.sync_sessionmaker
+    database.stand_in = other
+    database.check()
+    await database.ping()
+    await database.create_all(Base.metadata)
+    database.create_all_sync(Base.metadata)
+    async with make_async.begin() as session:
+        session.add(Item(name="async"))
+    with make_sync.begin() as sync_session:
+        sync_session.add(Item(name="sync"))
+    options = BeginOptions("IMMEDIATE")
+    assert database.async_engine is other.async_engine
+    assert database.async_bind(options) is other.async_bind(options)
+    assert database.engine is other.engine
+    assert database.sync_bind(options) is other.sync_bind(options)
+    assert rows(database_url, "SELECT name FROM items ORDER BY name") == [("async",), ("sync",)]
+    await database.dispose()
+    database.stand_in = None
+    assert database.engine is not other.engine
+    assert make_sync().get_bind() is database.engine
+    assert not Path(str(database.url.database)).exists()
+    database.dispose_sync()
+    other.dispose_sync()
+
+
+def test_the_sync_sessionmaker_outlives_dispose(sqlite_url: str) -> None:
+    """One that was kept does not go on with an engine that has ended."""
+    database = Database(sqlite_url)
+    make = database.sync_sessionmaker
+    before = make().get_bind()
+    database.dispose_sync()
+    assert make().get_bind() is database.engine is not before
+    database.dispose_sync()
+
+
+def test_the_same_database_elsewhere() -> None:
+    """`at()` keeps all but the URL."""
+    given: dict[str, Any] = {
+        "engine_kwargs": {"echo": True},
+        "session_kwargs": {"autoflush": False},
+        "session_class": type("Async", (AsyncSession,), {}),
+        "sync_session_class": type("Sync", (Session,), {}),
+        "sqlite_begin": "DEFERRED",
+        "pgbouncer": True,
+    }
+    database = Database("postgresql://host/a", **given)
+    other = database.at("postgresql://host/b")
+    assert other.url.database == "b"
+    for name in given:
+        assert getattr(other, name) == getattr(database, name)
