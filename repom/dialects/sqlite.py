@@ -13,6 +13,7 @@ import os
 import sqlite3
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -260,6 +261,7 @@ class RepomSQLiteConnection(sqlite3.Connection):
         #: Whether somebody has it who can close it.
         self.is_delivered = False
         self._is_open = False
+        self._cursors: weakref.WeakSet[sqlite3.Cursor] = weakref.WeakSet()
         super().__init__(*args, **kwargs)
         self._is_open = True
         try:
@@ -286,6 +288,11 @@ class RepomSQLiteConnection(sqlite3.Connection):
             else:
                 return
 
+    def cursor(self, factory: Any = sqlite3.Cursor) -> Any:
+        cursor = super().cursor(factory)
+        self._cursors.add(cursor)
+        return cursor
+
     def commit(self) -> None:
         super().commit()
         self._ended()
@@ -297,8 +304,11 @@ class RepomSQLiteConnection(sqlite3.Connection):
     def close(self) -> None:
         try:
             # A cursor that somebody still holds, a traceback for instance, would keep the
-            # closed connection and its locks (https://sqlite.org/c3ref/close.html).
+            # closed connection and its locks (https://sqlite.org/c3ref/close.html). A rollback
+            # does not end a SELECT that has more rows.
             if self._is_open:
+                for cursor in self._cursors:
+                    cursor.close()
                 super().rollback()
         finally:
             self._is_open = False
