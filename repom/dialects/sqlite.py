@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
+import threading
 import time
 import uuid
 import weakref
@@ -163,7 +164,11 @@ class SQLite(Support):
         return DatabaseFileError(_cannot_open(self.path, error))
 
     def abandon(self, driver_connection: Any) -> None:
-        driver_connection.stop()
+        # The thread that closes it would tell the event loop of the one who asks, and may come
+        # too late for that. So somebody asks who has none.
+        asking = threading.Thread(target=driver_connection.stop)
+        asking.start()
+        asking.join()
 
     def install(self, engine: Engine) -> None:
         super().install(engine)

@@ -748,6 +748,27 @@ async def test_a_closed_connection_holds_no_lock(driver: Driver) -> None:
         cursor.fetchone()
 
 
+def test_connection_may_be_closed_after_its_event_loop(sqlite_url: str) -> None:
+    """The thread that does it has nobody to tell then, and does not complain of that."""
+    loop_is_closed = threading.Event()
+
+    class Slow(sqlite3.Connection):
+        def close(self) -> None:
+            loop_is_closed.wait(10)
+            super().close()
+
+    async def main() -> None:
+        kwargs: dict[str, Any] = {"connect_args": {"factory": Slow}}
+        database = Database(sqlite_url, engine_kwargs=kwargs)
+        async with database.async_engine.connect() as connection:
+            await connection.invalidate()
+
+    asyncio.run(main())
+    assert not no_thread_of_aiosqlite()
+    loop_is_closed.set()
+    block_until(no_thread_of_aiosqlite)
+
+
 @pytest.mark.parametrize("end", [Connection.commit, Connection.rollback, Connection.close])
 async def test_sync_writers_give_their_place_up_too(
     database: Database, end: Callable[[Connection], None]
