@@ -224,8 +224,10 @@ class Database:
 
         The next use opens new ones. A loop that `asyncio.run()` ends does this by itself.
         """
-        await self._async_engines.dispose()
-        self.dispose_sync()
+        try:
+            await self._async_engines.dispose()
+        finally:
+            self.dispose_sync()
 
     def dispose_sync(self) -> None:
         """Close the pooled connections of the sync engine."""
