@@ -11,10 +11,8 @@ from collections.abc import Awaitable, Callable
 from enum import Enum
 from typing import NoReturn
 
-import anyio
-
 from repom import finish
-from repom.errors import CommitOutcomeUnknown, ScopeClosedError, ScopeError
+from repom.errors import CommitOutcomeUnknown, ScopeClosedError, ScopeError, TransactionError
 from repom.middleware.policy import (
     BEFORE_RESPONSE,
     CommitOn,
@@ -27,12 +25,15 @@ from repom.middleware.policy import (
     has_no_body,
 )
 from repom.scope import SessionScope
+from repom.shield import run_to_end
 
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 logger = logging.getLogger("repom.middleware")
+
+_EMPTY_CHUNK = {"type": "http.response.body", "body": b"", "more_body": True}
 
 
 class Progress(Enum):
@@ -63,6 +64,7 @@ class Exchange:
         "_headers",
         "_progress",
         "_send",
+        "_start_may_wait",
         "_turn",
         "_unit",
     )
@@ -81,6 +83,8 @@ class Exchange:
         self._commit = False
         self._headers: Headers = ()
         self._body_bytes: float = 0
+        # Whether it tells of a COMMIT, and nothing of its body has been sent yet.
+        self._start_may_wait = False
         # The error of the COMMIT that failed, until an error response has started.
         self._failure: Exception | None = None
 
@@ -116,12 +120,16 @@ class Exchange:
                     "`async with session_scope()`.",
                     unit.label,
                 )
-            await self._finish(commit=complete and self._commit)
+            await self._finish(commit=complete and self._commits)
         finally:
             unit.leave()
             # Its traceback leads back here. Without this the request would wait, with all that
             # its frames hold, for the garbage collector.
             self._failure = None
+            if self._start_may_wait:
+                # A server waits with the start for the first chunk (ASGI specification, "Response
+                # Start"), and answers by an error of its own if there is none.
+                await self._send_to_end(_EMPTY_CHUNK)
 
     async def send(self, message: Message) -> None:
         """The `send` of the app."""
@@ -134,7 +142,21 @@ class Exchange:
                 await self._end_before(message)
         else:
             self._progress = self._reached_by(message)
+        if self._start_may_wait and message["type"] != "http.response.start":
+            self._start_may_wait = False
         await self._send(message)
+
+    async def _send_to_end(self, message: Message) -> None:
+        """Send what tells of a COMMIT, although the request is cancelled or has failed."""
+
+        async def send() -> None:
+            await self._send(message)
+
+        try:
+            await run_to_end(send(), limit=self._unit.end_timeout)
+        except (OSError, TransactionError):
+            # The client is gone, or does not listen. What has failed before counts.
+            logger.debug("the response of %s was not sent", self._unit.label, exc_info=True)
 
     def _reached_by(self, message: Message) -> Progress:
         """How far the response will have got; raise if the client must not have `message`."""
@@ -173,6 +195,7 @@ class Exchange:
         reached = self._reached_by(message)
         starts = self._progress is Progress.NOTHING and reached is Progress.STARTED
         if reached is Progress.COMPLETE or (starts and not self._streams(message)):
+            tells_of_commit = starts and self._commits and self._unit.in_transaction
             try:
                 await self._end()
             except asyncio.CancelledError:
@@ -180,9 +203,10 @@ class Exchange:
                     # It has ended as this message says. An answer that somebody else gives for
                     # the cancelled request, such as a 504, would be a lie from now on.
                     self._progress = reached
-                    with anyio.move_on_after(self._unit.end_timeout, shield=True):
-                        await self._send(message)
+                    self._start_may_wait |= tells_of_commit
+                    await self._send_to_end(message)
                 raise
+            self._start_may_wait |= tells_of_commit
         if starts:
             self._failure = None  # if there was one, this is the answer to it
         self._progress = reached
@@ -196,11 +220,10 @@ class Exchange:
     async def _end(self) -> None:
         """End the open transaction as the response decides; a failed COMMIT is remembered."""
         unit = self._unit
-        commit = self._commit and not unit.is_rollback_only
-        if self._commit and not commit and unit.in_transaction:
+        if self._commit and not self._commits and unit.in_transaction:
             logger.info("%s was rolled back: rollback_only() was called", unit.label)
         try:
-            await finish.end(unit, commit=commit)
+            await finish.end(unit, commit=self._commits)
         except Exception as error:
             self._fail(error)
             raise
@@ -211,10 +234,14 @@ class Exchange:
                 self._fail(cancelled.__cause__)
             raise
 
+    @property
+    def _commits(self) -> bool:
+        """Whether what is open is to be committed."""
+        return self._commit and not self._unit.is_rollback_only
+
     async def _finish(self, *, commit: bool) -> None:
-        unit = self._unit
         try:
-            await finish.finish(unit, commit=commit and not unit.is_rollback_only)
+            await finish.finish(self._unit, commit=commit)
         except Exception as error:
             self._log_failure(error)
             raise
