@@ -10,8 +10,6 @@ import logging
 from enum import Enum
 from typing import NoReturn
 
-import anyio
-
 from repom import finish
 from repom.errors import CommitOutcomeUnknown, ScopeClosedError
 from repom.middleware import failed_commit
@@ -140,7 +138,7 @@ class Exchange:
             due = await self._end_before(message)
         finally:
             turn.leave()
-        await self._send_all(due)
+        await self._send_all(*due)
 
     async def _wait_for_sender(self) -> None:
         """Let a task that is about to answer do so, though the app that started it has ended.
@@ -204,15 +202,14 @@ class Exchange:
                 # It has ended as this message says. An answer that somebody else gives for the
                 # cancelled request, such as a 504, would be a lie from now on.
                 self._progress = reached
-                with anyio.move_on_after(self._unit.end_timeout, shield=True):
-                    await self._send_all(self._due(message))
+                await self._send_to_end(*self._due(message))
             raise
 
     def _due(self, message: Message) -> tuple[Message, ...]:
         held, self._held = self._held, None
         return (message,) if held is None else (held, message)
 
-    async def _send_all(self, messages: tuple[Message, ...]) -> None:
+    async def _send_all(self, *messages: Message) -> None:
         for message in messages:
             await self._send(message)
             self._last_sent = message["type"]
@@ -266,11 +263,15 @@ class Exchange:
         Until then it may keep it (https://asgi.readthedocs.io/en/latest/specs/www.html), and
         answer for the app with an error of its own, though the work is committed.
         """
-        with anyio.move_on_after(self._unit.end_timeout, shield=True):
-            try:
-                await self._send({"type": "http.response.body", "body": b"", "more_body": True})
-            except Exception as error:  # the client is gone; what ended the app counts
-                logger.debug("%s was not sent: %s", self._unit.label, type(error).__name__)
+        await self._send_to_end({"type": "http.response.body", "body": b"", "more_body": True})
+
+    async def _send_to_end(self, *messages: Message) -> None:
+        """Send what tells of a COMMIT, although the request was cancelled, or has failed."""
+        try:
+            await run_to_end(self._send_all(*messages), limit=self._unit.end_timeout)
+        except Exception:
+            # The client is gone, or does not listen. What has ended the request counts.
+            logger.debug("the response of %s was not sent", self._unit.label, exc_info=True)
 
     # --- after a COMMIT that failed
 

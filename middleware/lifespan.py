@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 
+from repom.database import Database
+from repom.loops import CLOSE_TIMEOUT
 from repom.middleware.policy import ASGIApp, Message, Receive, Scope, Send
 from repom.registry import DEFAULT, Databases, configured_so_far
+from repom.shield import run_to_end
 
 logger = logging.getLogger("repom.middleware")
 
@@ -44,7 +48,13 @@ def check(databases: Databases) -> None:
 async def dispose(databases: Databases) -> None:
     """Close the pooled connections of all the databases that may be in use."""
     given = [database for _, database in databases.items()]
-    for database in dict.fromkeys([*given, *configured_so_far()]):
+    found = dict.fromkeys([*given, *configured_so_far()])
+    # All of them, also if the server stops waiting; each has a time limit of its own.
+    await run_to_end(_dispose_each(found), limit=(len(found) + 1) * CLOSE_TIMEOUT)
+
+
+async def _dispose_each(databases: Iterable[Database]) -> None:
+    for database in databases:
         try:
             await database.dispose()
         except Exception:

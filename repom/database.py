@@ -280,8 +280,10 @@ class Database(Generic[AsyncSessionT, SessionT]):
         """
         if self.stand_in is not None:
             await self.stand_in.dispose()
-        await self._async_engines.dispose()
-        self.dispose_sync()
+        try:
+            await self._async_engines.dispose()
+        finally:
+            self.dispose_sync()
 
     def dispose_sync(self) -> None:
         """Close the pooled connections of the sync engine."""

@@ -19,7 +19,12 @@ from sqlalchemy import Engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from repom.shield import run_to_end
+
 logger = logging.getLogger("repom")
+
+#: Seconds in which the pooled connections of a loop are to be closed; then they are terminated.
+CLOSE_TIMEOUT = 10.0
 
 
 class LoopEngine:
@@ -43,8 +48,16 @@ class LoopEngine:
 
     def driver_connections(self) -> list[Any]:
         """The connections that are open, in the pool or out of it."""
-        found = [record.driver_connection for record in self._records]
-        return [connection for connection in found if connection is not None]
+        return [record.driver_connection for record in self._open_records()]
+
+    def give_up_pooled(self) -> list[Any]:
+        """The open connections that are in the pool; from now on the caller's alone."""
+        records = [record for record in self._open_records() if not record.in_use]
+        self._records.difference_update(records)
+        return [record.driver_connection for record in records]
+
+    def _open_records(self) -> list[ConnectionPoolEntry]:
+        return [record for record in self._records if record.driver_connection is not None]
 
 
 class LoopEngines:
@@ -96,10 +109,26 @@ class LoopEngines:
         finally:
             with self._mutex:
                 found = self._engines.pop(loop)
-            await found.dispose()
-            if found.driver_connections():
+            # Nobody could find the connections that a cancelled disposal had left open.
+            await run_to_end(self._dispose(loop, found), limit=CLOSE_TIMEOUT)
+
+    async def _dispose(self, loop: asyncio.AbstractEventLoop, engine: LoopEngine) -> None:
+        try:
+            await engine.dispose()
+        except asyncio.CancelledError:  # by the time limit, for nobody else can
+            connections = engine.give_up_pooled()
+            for connection in connections:
+                self._abandon(connection)
+            logger.warning(
+                "%d connection(s) to %s did not close within %g s. They were terminated.",
+                len(connections),
+                self._name,
+                CLOSE_TIMEOUT,
+            )
+        finally:
+            if engine.driver_connections():
                 with self._mutex:
-                    self._in_use.append((loop, found))
+                    self._in_use.append((loop, engine))
 
     def _bury_closed_loops(self) -> None:
         with self._mutex:

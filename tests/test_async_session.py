@@ -19,14 +19,12 @@ from repom.database import Database
 from repom.deferred import settled
 from repom.errors import MixedSessionsError, NoScopeError, UnknownDatabaseError
 from repom.registry import CONFIGURED
+from tests.support.cancelling import CANCELLING, Cancelling, cancelled_at
 from tests.support.reader import execute
 from tests.support.units import (
-    CANCELLING,
-    Cancelling,
     Late,
     Note,
     assert_nothing_open,
-    cancelled_at,
     checked_out,
     database,
     late_checking,

@@ -16,7 +16,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from repom.database import BeginOptions, Database
 from repom.loops import _let_transports_close
-from tests.support.polling import block_until
+from tests.dialects.drivers import in_clear
+from tests.support.cancelling import CANCELLING, Cancelling, cancelled_at
+from tests.support.faultproxy import FaultProxy
+from tests.support.polling import block_until, until
 from tests.support.reader import connections
 
 RunMain = Callable[[Coroutine[Any, Any, Any]], Any]
@@ -206,6 +209,40 @@ async def test_after_dispose_the_next_use_opens_new_connections(url: str) -> Non
     assert await use(database) is not first
     await database.dispose()
     block_until(lambda: open_connections(url) == 0)
+
+
+@pytest.mark.parametrize("how", CANCELLING)
+async def test_dispose_cancelled_at_any_await_closes_all_the_same(
+    url: str, how: Cancelling
+) -> None:
+    """Nobody could find what it had left open; and aiosqlite's threads keep a process alive."""
+    database = Database(url)
+    for number in range(1, 20):
+        await use(database)
+        was_cancelled = await cancelled_at(number, how, database.dispose())
+        await until(lambda: open_connections(url) == 0)
+        if not was_cancelled:  # those of psycopg and aiomysql are closed without any await
+            break
+    assert number < 19
+
+
+async def test_dispose_does_not_wait_for_ever(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server that hangs does not answer asyncpg's good-bye; what is left is cut off."""
+    monkeypatch.setattr("repom.loops.CLOSE_TIMEOUT", 0.1)
+    async with FaultProxy(postgres_url) as proxy:
+        database = Database(in_clear("asyncpg", proxy.url))
+        await use(database)
+        proxy.stall(b"X\0\0\0\4", "before")
+        async with asyncio.timeout(10):
+            await database.dispose()
+        assert proxy.struck.is_set()
+        await until(lambda: len(connections(postgres_url)) == 1)  # the proxy's, which hangs
+    block_until(lambda: open_connections(postgres_url) == 0)
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "repom"]
+    assert "connection(s) to postgresql+asyncpg://" in message
+    assert "did not close within 0.1 s" in message
 
 
 async def test_a_connection_in_use_is_closed_when_it_comes_back(url: str) -> None:

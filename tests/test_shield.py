@@ -11,7 +11,7 @@ import pytest
 from repom import shield
 from repom.errors import TransactionError
 from repom.shield import Ending, acting_task, run_to_end
-from tests.support.units import CANCELLING, Cancelling, cancelled_at, counted_turns
+from tests.support.cancelling import CANCELLING, Cancelling, cancelled_at, counted_turns
 
 LIMIT = 5.0
 

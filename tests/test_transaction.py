@@ -21,15 +21,12 @@ from repom import (
 )
 from repom.database import Database
 from repom.errors import CommitOutcomeUnknown, NoScopeError
+from tests.support.cancelling import CANCELLING, Cancelling, answered_commits, cancelled_at
 from tests.support.faultproxy import FaultProxy
 from tests.support.units import (
-    CANCELLING,
-    Cancelling,
     Late,
     Note,
-    answered_commits,
     assert_nothing_open,
-    cancelled_at,
     database,
     late_checking,
     postgres,
@@ -97,7 +94,7 @@ async def test_scope_cancelled_at_any_await(
         await database.ping()
         if pool == "new":
             await database.async_engine.dispose()
-        with answered_commits(database.async_engine) as answered:
+        with answered_commits(database) as answered:
             was_cancelled = await cancelled_at(number, how, work(f"{number}"))
         assert_nothing_open(database)
         if answered:
@@ -109,15 +106,6 @@ async def test_scope_cancelled_at_any_await(
     assert len(expected) > 1  # cancelled in COMMIT, which was answered all the same
     with pytest.raises(NoScopeError):
         current_scope()
-    await end_driver_tasks()
-
-
-async def end_driver_tasks() -> None:
-    """aiosqlite's `close()` waits for ever if its connection is told meanwhile to stop."""
-    left = [task for task in asyncio.all_tasks() if "_graceful_close" in repr(task)]
-    for task in left:
-        task.cancel()
-    await asyncio.gather(*left, return_exceptions=True)
 
 
 async def test_scope_whose_body_swallows_the_cancellation_is_ended(sqlite: Database) -> None:

@@ -14,6 +14,7 @@ import sqlite3
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -297,6 +298,7 @@ class RepomSQLiteConnection(sqlite3.Connection):
         #: Whether somebody has it who can close it.
         self.is_delivered = False
         self._is_open = False
+        self._cursors: weakref.WeakSet[sqlite3.Cursor] = weakref.WeakSet()
         super().__init__(*args, **kwargs)
         self._is_open = True
         try:
@@ -324,10 +326,11 @@ class RepomSQLiteConnection(sqlite3.Connection):
                 return
 
     def cursor(self, factory: Any = None) -> Any:
-        if factory is None:
-            return super().cursor(_BeginningCursor)
-        self.begin_if_due()
-        return super().cursor(factory)
+        if factory is not None:
+            self.begin_if_due()
+        cursor = super().cursor(factory or _BeginningCursor)
+        self._cursors.add(cursor)
+        return cursor
 
     def begin_if_due(self) -> None:
         if self.begin_next is not None:
@@ -347,8 +350,11 @@ class RepomSQLiteConnection(sqlite3.Connection):
     def close(self) -> None:
         try:
             # A cursor that somebody still holds, a traceback for instance, would keep the
-            # closed connection and its locks (https://sqlite.org/c3ref/close.html).
+            # closed connection and its locks (https://sqlite.org/c3ref/close.html). A rollback
+            # does not end a SELECT that has more rows.
             if self._is_open:
+                for cursor in self._cursors:
+                    cursor.close()
                 super().rollback()
         finally:
             self._is_open = False

@@ -509,6 +509,22 @@ def test_two_memory_databases_are_two(url: str) -> None:
     assert asyncio.run(read_numbers(second)) == [2]
 
 
+def test_a_closed_connection_leaves_no_lock_with_whoever_holds_its_cursor() -> None:
+    """A half-read one, in the traceback of a cancelled request for instance: until it was
+    collected nobody could write to a memory database."""
+    database = Database("sqlite://?timeout=0")
+    for n in (1, 2):
+        asyncio.run(write_number(database, n))
+    connection = database.engine.raw_connection()
+    cursor = connection.driver_connection.cursor()  # type: ignore[union-attr]
+    assert cursor.execute("select n from t").fetchone() == (1,)
+    connection.invalidate()
+    asyncio.run(write_number(database, 3))
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        cursor.fetchone()
+    database.dispose_sync()
+
+
 def test_a_memory_database_is_freed_with_its_object() -> None:
     """Nothing keeps the data of a `Database` that nobody holds any more."""
     database = Database("sqlite://")

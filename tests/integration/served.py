@@ -48,6 +48,16 @@ def app_for(url: str | None) -> FastAPI:
 
         return StreamingResponse(body())
 
+    @app.post("/broken_at_once")
+    async def broken_at_once() -> StreamingResponse:
+        async def body() -> AsyncIterator[bytes]:
+            await write("broken", parent=NOWHERE)
+            raise LookupError
+            yield b"never"
+
+        await write("before")
+        return StreamingResponse(body())
+
     @app.post("/endless")
     async def endless() -> StreamingResponse:
         async def body() -> AsyncIterator[bytes]:

@@ -66,8 +66,9 @@ def serving(name: str, database_url: str, app: str = APP) -> Iterator[tuple[str,
 @pytest.mark.parametrize("name", SERVERS)
 def test_server(name: str, postgres_url: str) -> None:
     """A 201 is committed, a failed COMMIT is the handler's answer, a broken body is seen to be
-    broken, a client that leaves has written nothing, a WebSocket message is a transaction; and
-    when the server stops, the connections are closed and nobody complains."""
+    broken (one that breaks at once, too: the start before it tells what is committed), a client
+    that leaves has written nothing, a WebSocket message is a transaction; and when the server
+    stops, the connections are closed and nobody complains."""
     with serving(name, postgres_url) as (base_url, process):
         with client_of(base_url) as client:
             assert post(client, "/notes/a") == 201
@@ -78,6 +79,15 @@ def test_server(name: str, postgres_url: str) -> None:
             with pytest.raises((http.client.IncompleteRead, TimeoutError)):
                 client.getresponse().read()
         with client_of(base_url) as client:
+            client.connect()
+            sock = client.sock
+            client.request("POST", "/broken_at_once")
+            answer = client.getresponse()
+            assert (answer.status, notes(postgres_url)) == (200, ["a", "before"])
+            sock.settimeout(1)
+            with pytest.raises((http.client.IncompleteRead, TimeoutError)):
+                answer.read()
+        with client_of(base_url) as client:
             client.request("POST", "/endless")
             assert client.getresponse().read(1) == b"x"
         with client_of(base_url) as client:
@@ -85,9 +95,9 @@ def test_server(name: str, postgres_url: str) -> None:
         with connect_websocket(base_url.replace("http:", "ws:")) as connection:
             connection.send("c")
             assert connection.recv(10) == "c"
-            assert notes(postgres_url) == ["a", "b", "c"]
+            assert notes(postgres_url) == ["a", "before", "b", "c"]
     block_until(lambda: not connections(postgres_url))
-    assert notes(postgres_url) == ["a", "b", "c"]
+    assert notes(postgres_url) == ["a", "before", "b", "c"]
     output = process.output()
     if name not in WITHOUT_LIFESPAN:
         assert "connections left: 0" in output

@@ -1,5 +1,7 @@
 """One rule for every message: what is open is ended before the body is complete."""
 
+import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -9,7 +11,7 @@ from sqlalchemy import insert, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncResult
 
-from repom import Database, current_session
+from repom import Database, current_scope, current_session
 from repom.errors import ScopeError
 from tests.middleware.notes import (
     NOTE,
@@ -24,6 +26,7 @@ from tests.middleware.notes import (
     write,
 )
 from tests.support.asgi import Message, ProtocolViolation, Send, request
+from tests.support.patient import PatientServer
 
 EXTENSIONS = ["http.response.trailers", "http.response.pathsend", "http.response.zerocopysend"]
 
@@ -134,7 +137,8 @@ async def test_commit_that_fails_in_the_body_leaves_it_unterminated(
             except Exception as error:
                 raised.append(error)
 
-    response = await request(serve(deferring, respond), "POST", extensions=EXTENSIONS)
+    app = PatientServer(serve(deferring, respond))
+    response = await request(app, "POST", extensions=EXTENSIONS)
     assert isinstance(response.exception, IntegrityError)
     assert raised == [response.exception] * 3
     assert not response.complete
@@ -354,3 +358,65 @@ async def test_cursor_does_not_keep_a_response_without_a_body_open(
     response = await request(serve(deferring, respond), "POST")
     assert isinstance(response.exception, IntegrityError)
     assert response.sent == []
+
+
+@pytest.mark.parametrize("end", ["raise", "return", "cancel"])
+async def test_body_that_breaks_off_before_it_has_begun(
+    database: Database, database_url: str, end: str
+) -> None:
+    """A server that has waited for it with the start sends that, and does not answer 500 for
+    what is committed."""
+
+    async def respond(send: Send) -> None:
+        await write("before")
+        await send(start(201))
+        await write("a")
+        if end == "raise":
+            raise LookupError
+        if end == "cancel":
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            await asyncio.sleep(0)
+
+    response = await request(PatientServer(serve(database, respond)), "POST")
+    assert (response.status, response.complete) == (201, False)
+    expected = {"raise": LookupError, "return": type(None), "cancel": asyncio.CancelledError}
+    assert type(response.exception) is expected[end]
+    assert notes(database_url) == ["before"]
+
+
+@pytest.mark.parametrize("nothing", ["no session", "404", "rollback_only"])
+async def test_start_that_tells_of_nothing_committed_is_left_to_the_server(
+    database: Database, database_url: str, nothing: str
+) -> None:
+    """Its own 500 says more than a response that breaks off, and is as true."""
+
+    async def respond(send: Send) -> None:
+        if nothing != "no session":
+            await write("a")
+        if nothing == "rollback_only":
+            current_scope().rollback_only()
+        await send(start(404 if nothing == "404" else 200))
+        raise LookupError
+
+    response = await request(PatientServer(serve(database, respond)), "POST")
+    assert (response.status, response.complete) == (500, True)
+    assert notes(database_url) == []
+
+
+async def test_body_that_breaks_off_when_the_client_is_gone(
+    database: Database, database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The app's own error is the one that leaves; the other is for who looks for it."""
+    caplog.set_level(logging.DEBUG, "repom.middleware")
+
+    async def respond(send: Send) -> None:
+        await write("a")
+        await send(start(201))
+        raise LookupError
+
+    response = await request(serve(database, respond), "POST", disconnect_after=1)
+    assert isinstance(response.exception, LookupError)
+    assert "the response of POST / was not sent" in caplog.messages
+    assert notes(database_url) == ["a"]

@@ -1,5 +1,7 @@
 """The start and the end of the application."""
 
+import asyncio
+import itertools
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -26,7 +28,9 @@ from repom.middleware import DatabaseSessionMiddleware
 from repom.registry import forget_configured
 from tests.middleware.notes import answer, create_notes, notes, responding, write
 from tests.support.asgi import LifespanFailed, Message, Receive, Scope, Send, lifespan, request
+from tests.support.cancelling import CANCELLING, Interruption
 from tests.support.databases import CLOSE_TIMEOUT
+from tests.support.polling import until
 from tests.support.reader import connections
 
 
@@ -110,6 +114,35 @@ async def test_databases_are_disposed_of_when_the_app_fails(server_url: str, sta
         async with lifespan(app):
             pass
     wait_until_disconnected(server_url)
+
+
+@pytest.mark.parametrize("shift", range(len(CANCELLING)))
+async def test_databases_are_disposed_of_when_the_end_is_cancelled(
+    server_url: str, shift: int
+) -> None:
+    """At any await, by a server that does not wait any longer: all of them, to the last
+    connection."""
+    databases = {name: Database(server_url) for name in ("default", "other")}
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        for name in databases:
+            async with session_scope(name) as session:
+                await session.execute(text("SELECT 1"))
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def ignore(message: Message) -> None:
+        pass
+
+    middleware = DatabaseSessionMiddleware(app, databases)
+    for number in itertools.count(1):
+        how = CANCELLING[(number + shift) % len(CANCELLING)]
+        interruption = Interruption(number, how)
+        run = interruption.run(middleware({"type": "lifespan"}, None, ignore))
+        await asyncio.wait((asyncio.create_task(run),))
+        await until(lambda: not connections(server_url))
+        if not interruption.happened:
+            break
+    assert number > 10
 
 
 async def test_database_that_cannot_be_disposed_of(

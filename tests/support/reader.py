@@ -24,10 +24,15 @@ def is_postgres(url: str) -> bool:
     return make_url(url).get_backend_name().startswith("postgres")
 
 
+def is_sqlite(url: str) -> bool:
+    """Whether this is the URL of an SQLite database."""
+    return make_url(url).get_backend_name() == "sqlite"
+
+
 def connect(url: str) -> Any:
     """Open a connection of the plain sync driver, in autocommit; the caller closes it."""
     parsed = make_url(url)
-    if parsed.get_backend_name() == "sqlite":
+    if is_sqlite(url):
         return sqlite3.connect(parsed.database or "", timeout=LOCK_TIMEOUT, isolation_level=None)
     if is_postgres(url):
         return psycopg.connect(
@@ -87,7 +92,13 @@ def connections(url: str) -> list[ServerConnection]:
 
 
 def open_transactions(url: str) -> int:
-    """Return how many connections to this PostgreSQL or MariaDB database are in a transaction."""
+    """Return how many connections to this database are in a transaction.
+
+    For an SQLite file, which must be in WAL mode, it is 1 if there are any, found after waiting.
+    """
+    if is_sqlite(url):
+        busy, *_ = rows(url, "PRAGMA wal_checkpoint(TRUNCATE)")[0]
+        return int(busy)
     return sum(connection.in_transaction for connection in connections(url))
 
 

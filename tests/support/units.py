@@ -1,17 +1,16 @@
-"""What the tests of units of work share: tables, a database that has them, cancelling."""
+"""What the tests of units of work share: tables, and a database that has them."""
 
-import asyncio
-from collections.abc import Callable, Coroutine, Iterator
+import os
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
-import anyio
 import pytest
 from sqlalchemy import ForeignKey, MetaData, String
-from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from repom.database import Database
+from repom.dialects.write_queue import write_queue
 from repom.models import NAMING_CONVENTION, Base
 from tests.support.polling import block_until
 from tests.support.reader import open_transactions, rows
@@ -113,115 +112,10 @@ def checked_out(database: Database) -> int:
 
 
 def assert_nothing_open(database: Database) -> None:
-    """Fail if a connection is in use here, or a transaction is open on the server."""
+    """Fail if a connection is in use here, or a transaction is open in the database."""
     assert checked_out(database) == 0
-    if not database.is_sqlite:  # a server notices a moment later
-        block_until(lambda: open_transactions(url_of(database)) == 0)
-
-
-# --- cancelling -----------------------------------------------------------------------------------
-
-Cancelling = Literal["cancel", "cancel twice", "cancel scope", "timeout"]
-CANCELLING: tuple[Cancelling, ...] = ("cancel", "cancel twice", "cancel scope", "timeout")
-
-
-class _Watched:
-    """Awaits a coroutine, and tells of every time that it suspends its task."""
-
-    def __init__(self, coro: Coroutine[Any, Any, Any], suspended: Callable[[], None]) -> None:
-        self._coro = coro
-        self._suspended = suspended
-
-    def __await__(self) -> "_Watched":
-        return self
-
-    def __iter__(self) -> "_Watched":
-        return self
-
-    def __next__(self) -> Any:
-        return self.send(None)
-
-    def send(self, value: Any) -> Any:
-        yielded = self._coro.send(value)
-        self._suspended()
-        return yielded
-
-    def throw(self, *error: Any) -> Any:
-        yielded = self._coro.throw(*error)
-        self._suspended()
-        return yielded
-
-    def close(self) -> None:
-        self._coro.close()
-
-
-async def cancelled_at(number: int, how: Cancelling, coro: Coroutine[Any, Any, Any]) -> bool:
-    """Run `coro` in a task and cancel it when it is suspended for the `number`-th time.
-
-    Returns:
-        Whether it was cancelled; False if it ended before that.
-    """
-    loop = asyncio.get_running_loop()
-    count = 0
-    cancel: Callable[[], object]
-
-    def suspended() -> None:
-        nonlocal count
-        count += 1
-        if count == number:
-            cancel()
-            if how == "cancel twice":
-                loop.call_soon(cancel)
-
-    async def run() -> bool:
-        nonlocal cancel
-        if how == "cancel scope":
-            with anyio.CancelScope() as scope:
-                cancel = lambda: loop.call_soon(scope.cancel)  # noqa: E731
-                await _Watched(coro, suspended)
-            return scope.cancelled_caught
-        if how == "timeout":
-            try:
-                async with asyncio.timeout(None) as timeout:
-                    cancel = lambda: timeout.reschedule(loop.time())  # noqa: E731
-                    await _Watched(coro, suspended)
-            except TimeoutError:
-                return True
-            return False
-        await _Watched(coro, suspended)
-        return False
-
-    task = asyncio.create_task(run())
-    cancel = lambda: loop.call_soon(task.cancel)  # noqa: E731
-    await asyncio.wait((task,))
-    return task.cancelled() or task.result()
-
-
-@contextmanager
-def answered_commits(engine: AsyncEngine) -> Iterator[list[Any]]:
-    """The list of the connections on which a COMMIT was answered meanwhile."""
-    dialect: Any = engine.sync_engine.dialect
-    do_commit, answered = dialect.do_commit, []
-
-    def watched(connection: Any) -> None:
-        do_commit(connection)
-        answered.append(connection)
-
-    dialect.do_commit = watched
-    yield answered
-    dialect.do_commit = do_commit
-
-
-@contextmanager
-def counted_turns() -> Iterator[list[int]]:
-    """Count how often the running loop looks for events meanwhile."""
-    selector: Any = asyncio.get_running_loop()._selector  # type: ignore[attr-defined]
-    select, turns = selector.select, [0]
-
-    def counting(timeout: float | None = None) -> Any:
-        turns[0] += 1
-        return select(timeout)
-
-    selector.select = counting
-    yield turns
-    selector.select = select
+    # A server notices a moment later; SQLite is told by threads of aiosqlite.
+    block_until(lambda: open_transactions(url_of(database)) == 0)
+    if database.is_sqlite:
+        line = write_queue(os.path.realpath(database.url.database or ""))
+        block_until(lambda: line.holder() is None)
