@@ -136,7 +136,10 @@ class PartialCommitError(TransactionError):
 
 
 class ConcurrentSessionUse(TransactionError):
-    """Two tasks used one session in a way that queueing cannot make safe."""
+    """Two tasks used one session in a way that queueing cannot make safe.
+
+    Where a change would be lost, the transaction is not committed, whoever swallows this.
+    """
 
 
 # --- tests ----------------------------------------------------------------------------------

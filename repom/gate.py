@@ -6,22 +6,22 @@ The tasks of one request share theirs, so every operation passes a gate first. T
 in the sync `Session` class, below `awaitable_attrs`, `run_sync`, lazy loads and every subclass
 of `AsyncSession`.
 
-A savepoint is part of the session, too: what a sibling wrote meanwhile would be undone with it.
-So a block belongs to the task that entered it and to the tasks it starts; others wait.
+A savepoint is part of the session, too, and keeps others out for longer than one operation: see
+`repom.blocks`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from asyncio import FIRST_COMPLETED
 from collections import deque
-from contextvars import ContextVar
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from sqlalchemy.util import await_only
 
+from repom.blocks import Block, Blocks, Task, Visitor
 from repom.errors import ConcurrentSessionUse, ScopeClosedError
+from repom.shield import Ending, acting_task
 
 #: Seconds that a task waits for a sibling to leave one and the same block.
 BLOCK_TIMEOUT = 30.0
@@ -31,6 +31,7 @@ class Gate(Protocol):
     """Lets one caller in at a time."""
 
     closed: bool
+    blocks: Blocks
 
     @property
     def is_free(self) -> bool:
@@ -43,22 +44,24 @@ class Gate(Protocol):
         ...
 
     @property
-    def is_contended(self) -> bool:
-        """Whether somebody waits."""
+    def inside(self) -> str:
+        """The name of who is inside, for messages."""
         ...
 
-    def enter(self, *, ending: bool = False) -> bool:
+    def enter(self, *, ending: bool = False, committing: bool = False) -> bool:
         """Wait until it is the caller's turn.
 
         Args:
-            ending: the caller ends the transaction, which a closed gate allows, and so does an
-                open block.
+            ending: the caller rolls back or closes, which a closed gate allows, and so do the
+                blocks of others.
+            committing: the caller commits or releases a savepoint, which a closed gate allows.
+                Half of a block must not be committed, so the caller waits for those of others.
 
         Returns:
             False if the caller is inside already, and must not `leave` now.
 
         Raises:
-            ScopeClosedError: the scope has ended.
+            ScopeClosedError: the scope has ended, or the block that the caller belongs to.
             ConcurrentSessionUse: a sibling does not leave its block.
         """
         ...
@@ -66,39 +69,31 @@ class Gate(Protocol):
     def leave(self) -> None:
         """Let the next one in."""
 
-    def begin_block(self, savepoint: object) -> None:
-        """The caller, who is inside, has begun a savepoint: from now on it is for its own."""
+    def refuse_if_over(self) -> None:
+        """Raise the `ScopeClosedError` of `enter`, for what waits for nothing."""
 
-    def end_block(self, savepoint: object) -> None:
-        """The savepoint has ended."""
-
-
-class _Block(NamedTuple):
-    savepoint: object
-    task: asyncio.Task[Any] | None  # that entered it
+    def begin_block(self) -> Block:
+        """The caller, who is inside, begins a savepoint: from now on it is for its own."""
+        ...
 
 
 class _Waiter(NamedTuple):
     turn: asyncio.Future[None]
-    task: asyncio.Task[Any] | None
-    blocks: tuple[_Block, ...]  # those it is in
+    task: Task | None
+    visitor: Visitor
     ending: bool
-
-
-#: The blocks that this context is in. Tasks inherit them from the one that starts them.
-_blocks_here: ContextVar[tuple[_Block, ...]] = ContextVar("repom_blocks", default=())
 
 
 class TaskGate:
     """The gate of an async session: tasks of one event loop, first come, first served."""
 
-    __slots__ = ("_blocks", "_owner", "_waiters", "closed")
+    __slots__ = ("_owner", "_waiters", "blocks", "closed")
 
     def __init__(self) -> None:
         self.closed = False
-        self._owner: asyncio.Task[Any] | None = None
+        self.blocks = Blocks(self._hand_over)
+        self._owner: Task | None = None
         self._waiters: deque[_Waiter] = deque()
-        self._blocks: list[_Block] = []  # of which the last counts
 
     @property
     def is_free(self) -> bool:
@@ -109,21 +104,24 @@ class TaskGate:
         return self._owner is not None and self._owner is _task_here()
 
     @property
-    def is_contended(self) -> bool:
-        return bool(self._waiters)
+    def inside(self) -> str:
+        return _name(self._owner)
 
-    def enter(self, *, ending: bool = False) -> bool:
+    def enter(self, *, ending: bool = False, committing: bool = False) -> bool:
         me = asyncio.current_task()
-        if self._owner is not None or self._blocks:
-            if self._owner is me:
+        if self._owner is not None or self.blocks.open:
+            if self._owner is not None and self._owner is me:
                 return False
-            blocks = _blocks_here.get()
-            if self._owner is not None or self._block_against(blocks, ending) is not None:
-                self._wait(me, blocks, ending)
+            visitor = Visitor()
+            if self._owner is not None or self._block_against(visitor, ending) is not None:
+                self._wait(me, visitor, ending)
         self._owner = me
-        if self.closed and not ending:
-            self.leave()
-            raise scope_closed()
+        if (self.closed or self.blocks.has_undone) and not (ending or committing):
+            try:
+                self.refuse_if_over()
+            except ScopeClosedError:
+                self.leave()
+                raise
         return True
 
     def leave(self) -> None:
@@ -131,38 +129,29 @@ class TaskGate:
         if self._waiters:
             self._hand_over()
 
-    def begin_block(self, savepoint: object) -> None:
-        block = _Block(savepoint, self._owner)
-        self._blocks.append(block)
-        _blocks_here.set((*_blocks_here.get(), block))
+    def refuse_if_over(self) -> None:
+        if self.closed:
+            raise scope_closed()
+        self.blocks.refuse_left_over()
 
-    def end_block(self, savepoint: object) -> None:
-        self._blocks = [block for block in self._blocks if block.savepoint is not savepoint]
-        here = _blocks_here.get()
-        _blocks_here.set(tuple(block for block in here if block.savepoint is not savepoint))
-        self._hand_over()
+    def begin_block(self) -> Block:
+        return self.blocks.begin(self._owner)
 
     def _hand_over(self) -> None:
         # Handed over, not released: a newcomer must not overtake those who wait.
         for waiter in self._waiters if self._owner is None else ():
-            turn, _, blocks, ending = waiter
-            if not turn.done() and self._block_against(blocks, ending) is None:
+            turn, task, visitor, ending = waiter
+            if not turn.done() and self._block_against(visitor, ending) is None:
                 self._waiters.remove(waiter)
-                self._owner = waiter.task
+                self._owner = task
                 turn.set_result(None)
                 return
 
-    def _block_against(self, blocks: tuple[_Block, ...], ending: bool) -> _Block | None:
-        """The block that keeps out who is in `blocks`, if there is one."""
-        if ending or not self._blocks:
-            return None
-        block = self._blocks[-1]
-        # What a task that is done has left open, to be released by hand, is for all.
-        left = block.task is None or block.task.done()
-        return None if left or block in blocks else block
+    def _block_against(self, visitor: Visitor, ending: bool) -> Block | None:
+        return None if ending else self.blocks.against(visitor)
 
-    def _wait(self, me: asyncio.Task[Any] | None, blocks: tuple[_Block, ...], ending: bool) -> None:
-        waiter = _Waiter(asyncio.get_running_loop().create_future(), me, blocks, ending)
+    def _wait(self, me: Task | None, visitor: Visitor, ending: bool) -> None:
+        waiter = _Waiter(asyncio.get_running_loop().create_future(), me, visitor, ending)
         self._waiters.append(waiter)
         try:
             await_only(self._turn(waiter))
@@ -174,14 +163,12 @@ class TaskGate:
             raise
 
     async def _turn(self, waiter: _Waiter) -> None:
-        turn, task, blocks, ending = waiter
+        turn, _, visitor, ending = waiter
         while not turn.done():
-            block = self._block_against(blocks, ending)
-            watched = {turn, block.task} if block is not None and block.task else {turn}
-            await asyncio.wait(watched, timeout=BLOCK_TIMEOUT, return_when=FIRST_COMPLETED)
-            self._hand_over()  # nobody else does when the task of a block is done
-            if not turn.done() and block and block is self._block_against(blocks, ending):
-                raise _block_not_left(block.task, task)
+            block = self._block_against(visitor, ending)
+            await asyncio.wait((turn,), timeout=BLOCK_TIMEOUT)
+            if not turn.done() and block and block is self._block_against(visitor, ending):
+                raise block_not_left(block, f"{BLOCK_TIMEOUT:g} s")
 
 
 class ThreadGate:
@@ -191,12 +178,11 @@ class ThreadGate:
     nothing tells that thread from any other.
     """
 
-    __slots__ = ("_lock", "_owner", "closed")
-
-    is_contended = False
+    __slots__ = ("_lock", "_owner", "blocks", "closed")
 
     def __init__(self) -> None:
         self.closed = False
+        self.blocks = Blocks()
         self._lock = threading.Lock()
         self._owner: int | None = None
 
@@ -208,12 +194,16 @@ class ThreadGate:
     def is_mine(self) -> bool:
         return self._owner == threading.get_ident()
 
-    def enter(self, *, ending: bool = False) -> bool:
+    @property
+    def inside(self) -> str:
+        return next((t.name for t in threading.enumerate() if t.ident == self._owner), "?")
+
+    def enter(self, *, ending: bool = False, committing: bool = False) -> bool:
         if self.is_mine:
             return False
         self._lock.acquire()
         self._owner = threading.get_ident()
-        if self.closed and not ending:
+        if self.closed and not (ending or committing):
             self.leave()
             raise scope_closed()
         return True
@@ -222,11 +212,12 @@ class ThreadGate:
         self._owner = None
         self._lock.release()
 
-    def begin_block(self, savepoint: object) -> None:
-        pass
+    def refuse_if_over(self) -> None:
+        if self.closed:
+            raise scope_closed()
 
-    def end_block(self, savepoint: object) -> None:
-        pass
+    def begin_block(self) -> Block:
+        return self.blocks.begin(None)
 
 
 def scope_closed() -> ScopeClosedError:
@@ -238,20 +229,27 @@ def scope_closed() -> ScopeClosedError:
     )
 
 
-def _block_not_left(
-    inside: asyncio.Task[Any] | None, waiting: asyncio.Task[Any] | None
-) -> ConcurrentSessionUse:
+def block_not_left(block: Block, waited: str) -> ConcurrentSessionUse:
+    """The error for a task that cannot wait any longer for another one to leave its block."""
     return ConcurrentSessionUse(
-        f"task {_name(waiting)!r} has waited {BLOCK_TIMEOUT:g} s for task {_name(inside)!r} to "
-        "leave its atomic(), begin_nested() or begin() block on the session that both use.\n"
+        f"task {name_here()!r} has waited {waited} for task {_name(block.task)!r} to leave its "
+        "atomic(), begin_nested() or begin() block on the session that both use.\n"
         "If they wait for each other, start the one inside the block of the other; "
         "else let it work in a transaction of its own: `async with session_scope() as session:`."
     )
 
 
-def _name(task: asyncio.Task[Any] | None) -> str:
+def name_here() -> str:
+    """The name of the running task or thread, for messages."""
+    task = acting_task()
+    return threading.current_thread().name if task is None else task.get_name()
+
+
+def _name(task: Task | None) -> str:
+    if isinstance(task, Ending):
+        task = task.caller
     return "?" if task is None else task.get_name()
 
 
-def _task_here() -> asyncio.Task[Any] | None:
+def _task_here() -> Task | None:
     return asyncio.current_task() if asyncio._get_running_loop() is not None else None

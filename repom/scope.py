@@ -233,7 +233,7 @@ class SessionScope:
         if not any(participant.gate.is_mine for participant in self.participants):
             self._refuse_if_over()
         participant = self._participants.get(self.databases[key])
-        return participant and participant.sync_session.get_nested_transaction()
+        return participant and participant.gate.blocks.savepoint_here
 
     # --- for the owner: see `repom.finish`
 

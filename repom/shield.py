@@ -250,5 +250,5 @@ async def _settled(future: Future[Any] | None) -> None:
 
 def acting_task() -> asyncio.Task[Any] | None:
     """The running task, or the one that waits for it if this is the end of its work."""
-    task = asyncio.current_task()
+    task = asyncio.current_task() if asyncio._get_running_loop() is not None else None
     return task.caller if isinstance(task, Ending) else task

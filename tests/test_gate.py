@@ -12,6 +12,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from repom import gate as gate_module
 from repom.errors import ConcurrentSessionUse, ScopeClosedError
 from repom.gate import TaskGate, ThreadGate
+from repom.shield import run_to_end
 
 
 class Worker:
@@ -23,15 +24,19 @@ class Worker:
 
     async def work(self, name: str, until: Awaitable[Any] | None = None) -> None:
         """Pass the gate and stay inside for some turns, or until something has happened."""
-        await greenlet_spawn(self._inside, name, until or asyncio.sleep(0), ending=False)
+        await greenlet_spawn(self._inside, name, until or asyncio.sleep(0))
 
     async def end(self, name: str) -> None:
-        """Pass the gate as the owner does."""
+        """Pass the gate as the owner does to roll back."""
         await greenlet_spawn(self._inside, name, asyncio.sleep(0), ending=True)
 
-    def _inside(self, name: str, until: Awaitable[Any], *, ending: bool) -> None:
+    async def commit(self, name: str) -> None:
+        """Pass the gate as the owner does to commit."""
+        await greenlet_spawn(self._inside, name, asyncio.sleep(0), committing=True)
+
+    def _inside(self, name: str, until: Awaitable[Any], **how: bool) -> None:
         try:
-            entered = self.gate.enter(ending=ending)
+            entered = self.gate.enter(**how)
         except BaseException:
             if asyncio.iscoroutine(until):
                 until.close()
@@ -47,14 +52,13 @@ class Worker:
     @contextmanager
     def block(self) -> Iterator[None]:
         """A savepoint, without the session."""
-        savepoint = object()
         self.gate.enter()
-        self.gate.begin_block(savepoint)
+        block = self.gate.begin_block()
         self.gate.leave()
         try:
             yield
         finally:
-            self.gate.end_block(savepoint)
+            self.gate.blocks.end(block, undone=False)
 
 
 async def turns(count: int = 5) -> None:
@@ -122,7 +126,7 @@ async def test_cancelled_task_is_forgotten_wherever_it_was(at: int) -> None:
     await asyncio.wait((first, cancelled, last), timeout=5)
     assert worker.log[-2:] == ["last in", "last out"]
     assert worker.gate.is_free
-    assert not worker.gate.is_contended
+    await asyncio.wait_for(worker.work("later"), 5)
 
 
 async def test_cancelled_in_the_very_turn_it_was_let_in() -> None:
@@ -179,7 +183,6 @@ async def test_block_keeps_siblings_out_until_it_is_left() -> None:
         begun.set()
         await worker.work("own")
         await turns()
-        assert worker.gate.is_contended
         await worker.work("own again")
     await waiting
     assert [line for line in worker.log if line.endswith("in")] == [
@@ -244,8 +247,114 @@ async def test_block_that_its_task_has_left_open_is_for_all() -> None:
     blocks[0].__exit__(None, None, None)
 
 
-async def test_owner_ends_the_transaction_over_an_open_block() -> None:
-    """The response of a request does not wait for a savepoint that nobody has released."""
+async def test_block_that_begins_while_others_wait_and_is_left_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who has waited before it began is let in as soon as its task is done."""
+    monkeypatch.setattr(gate_module, "BLOCK_TIMEOUT", 60)
+    worker = Worker()
+
+    async def begin() -> None:
+        await greenlet_spawn(begin_inside)
+
+    def begin_inside() -> None:
+        worker.gate.enter()
+        await_only(turns())  # the statement that begins it, for whose end another one waits
+        worker.gate.begin_block()
+        worker.gate.leave()
+
+    task = asyncio.create_task(begin())
+    await turns(2)
+    waiting = asyncio.create_task(worker.work("waiting"))
+    await asyncio.wait((task, waiting), timeout=5)
+    assert worker.log == ["waiting in", "waiting out"]
+
+
+async def test_block_left_open_inside_another_one_opens_that_to_nobody() -> None:
+    worker = Worker()
+    begun, leave = asyncio.Event(), asyncio.Event()
+
+    async def outer() -> None:
+        with worker.block():
+            await asyncio.create_task(leave_open())
+            begun.set()
+            await leave.wait()
+            await worker.work("own")
+
+    async def leave_open() -> None:
+        worker.block().__enter__()
+
+    task = asyncio.create_task(outer())
+    await begun.wait()
+    waiting = asyncio.create_task(worker.work("waiting"))
+    await turns()
+    assert worker.log == []
+    leave.set()
+    await asyncio.gather(task, waiting)
+    assert worker.log == ["own in", "own out", "waiting in", "waiting out"]
+
+
+async def test_commit_waits_for_the_block_of_another_task() -> None:
+    """Also when the gate is closed: a block is not to be committed by half."""
+    worker = Worker()
+    begun = asyncio.Event()
+
+    async def sibling() -> None:
+        with worker.block():
+            begun.set()
+            await turns()
+            with pytest.raises(ScopeClosedError):
+                await worker.work("too late")
+
+    task = asyncio.create_task(sibling())
+    await begun.wait()
+    worker.gate.closed = True
+    await worker.commit("owner")
+    assert task.done()
+    assert worker.log == ["owner in", "owner out"]
+
+
+async def test_commit_does_not_wait_for_the_block_of_its_own_task() -> None:
+    """A generator dependency may be in one while the response is sent. The end runs in a task of
+    its own, on behalf of the one that waits for it."""
+    worker = Worker()
+    with worker.block():
+        await run_to_end(worker.commit("owner"), limit=5)
+    assert worker.log == ["owner in", "owner out"]
+
+
+async def test_task_left_over_from_a_block_that_was_rolled_back() -> None:
+    """It is refused; the one that had entered the block is not, nor is a sibling."""
+    worker = Worker()
+    begun, over = asyncio.Event(), asyncio.Event()
+
+    async def left_over() -> None:
+        begun.set()
+        await over.wait()
+        with pytest.raises(ScopeClosedError, match="was rolled back"):
+            await worker.work("left over")
+        with pytest.raises(ScopeClosedError, match="was rolled back"):
+            worker.gate.refuse_if_over()
+
+    async def sibling() -> None:
+        await over.wait()
+        await worker.work("sibling")
+
+    other = asyncio.create_task(sibling())
+    worker.gate.enter()
+    block = worker.gate.begin_block()
+    worker.gate.leave()
+    task = asyncio.create_task(left_over())
+    await begun.wait()
+    worker.gate.blocks.end(block, undone=True)
+    over.set()
+    await asyncio.gather(task, other)
+    await worker.work("own")
+    assert [line for line in worker.log if line.endswith("in")] == ["sibling in", "own in"]
+
+
+async def test_owner_rolls_back_over_an_open_block() -> None:
+    """An error response does not wait for a savepoint that nobody has released."""
     worker = Worker()
     begun = asyncio.Event()
 
@@ -281,8 +390,7 @@ async def test_waiting_for_a_block_has_a_limit(monkeypatch: pytest.MonkeyPatch) 
     assert "'the sibling'" in str(caught.value)
     assert "'the owner of the block'" in str(caught.value)
     assert "session_scope()" in str(caught.value)
-    assert not worker.gate.is_contended
-    await worker.work("later")
+    await asyncio.wait_for(worker.work("later"), 5)
 
 
 async def test_slow_statement_has_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,7 +466,7 @@ def test_blocks_of_a_sync_session_are_for_all_threads() -> None:
     """A `def` dependency that yields inside its block is resumed in another thread."""
     gate = ThreadGate()
     gate.enter()
-    gate.begin_block(object())
+    block = gate.begin_block()
     gate.leave()
 
     def work() -> None:
@@ -367,4 +475,5 @@ def test_blocks_of_a_sync_session_are_for_all_threads() -> None:
 
     thread, errors = in_thread(work)
     thread.join()
+    gate.blocks.end(block, undone=True)
     assert not errors

@@ -12,9 +12,9 @@ from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import Connection
 
+from repom.beneath import ends_by_hand
 from repom.dialects.write_queue import Ticket
 from repom.errors import InnerCommitError
-from repom.managed import ends_by_hand
 from repom.testing.cursors import RemoteCursor
 from repom.testing.portal import Portal
 from repom.testing.turns import Turns

@@ -1,0 +1,42 @@
+"""Savepoints of the connection of a session, which end as those of the session do."""
+
+import asyncio
+from contextlib import suppress
+
+from sqlalchemy import insert
+
+from repom import current_session, session_scope, sync_session_scope
+from repom.database import Database
+from tests.support.units import Note, database, texts
+
+__all__ = ["database"]
+
+
+async def test_savepoint_of_the_connection_that_nobody_has_ended(database: Database) -> None:
+    """It ends with the transaction, and keeps nobody out of the next one."""
+    async with session_scope(database, inner_commits="allow") as session:
+        connection = await session.connection()
+        await connection.begin_nested()
+        await connection.execute(insert(Note).values(text="in the savepoint"))
+        await session.commit()
+        await asyncio.create_task(write("in the next transaction"))
+    assert texts(database) == ["in the savepoint", "in the next transaction"]
+
+
+async def write(text: str) -> None:
+    await current_session().execute(insert(Note).values(text=text))
+
+
+def test_savepoints_of_a_sync_session(database: Database) -> None:
+    """The connection's are what they are in async code, but for threads, which share them."""
+    with sync_session_scope(database) as session:
+        connection = session.connection()
+        for name, fails in (("kept", False), ("undone", True)):
+            with suppress(LookupError), connection.begin_nested():
+                connection.execute(insert(Note).values(text=name))
+                if fails:
+                    raise LookupError
+        savepoint = connection.begin_nested()
+        connection.execute(insert(Note).values(text="closed"))
+        savepoint.close()
+    assert texts(database) == ["kept"]
