@@ -56,7 +56,9 @@ async def test_one_of_them(reports_session):
     async with session_scope("reports") as unit:
         assert (await unit.scalars(select(Note.id))).all() == []
 
-async def test_names_of_one_database(default_session, default_sync_session, by_default, same_default):
+async def test_names_of_one_database(
+    default_session, default_sync_session, by_default, same_default
+):
     default_session.add(Note(id=1))
     await default_session.flush()
     assert default_sync_session.scalars(select(Note.id)).all() == [1]
