@@ -27,14 +27,15 @@ def remote_engine(
     """
     dialect = _remote(real.dialect, support)
     # Nothing to reset, for a connection that is closed rolls back.
-    pool = NullPool(connect, reset_on_return=None, dialect=dialect)
+    creator: Any = connect
+    pool = NullPool(creator, reset_on_return=None, dialect=dialect)
     # Said of connections of async drivers; those of sync ones go back to their pool silently.
     event.listen(pool, "close_detached", _collected)
     engine = Engine(
         pool,
         dialect,
         real.url,
-        echo=real.echo,
+        echo=bool(real.echo),
         hide_parameters=real.hide_parameters,
         execution_options=real.get_execution_options(),
     )

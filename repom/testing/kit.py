@@ -128,17 +128,27 @@ class Kit:
         Args:
             test: its name.
         """
+        if self._turns is None:
+            try:
+                backend = self._begin()
+            except Exception:
+                # A connection that has waited for this test may have been closed meanwhile.
+                self._forget_base()
+                backend = self._begin()
+            self._turns = Turns(self._portal_of(backend), backend, test)
+            self._stand_in(self)
         self._users += 1
-        if self._users > 1:
-            return
+
+    def _begin(self) -> Backend:
         if self._base is None:
             self._base = self._portal.call(self._real.connect)
         if self._backend is None:
             self._backend = backend_of(self._base)
-        portal = DirectPortal() if self._backend.is_direct else self._portal
-        portal.call(_begin, self._backend)
-        self._turns = Turns(portal, self._backend, test)
-        self._stand_in(self)
+        self._portal_of(self._backend).call(_begin, self._backend)
+        return self._backend
+
+    def _portal_of(self, backend: Backend) -> Portal:
+        return DirectPortal() if backend.is_direct else self._portal
 
     def end(self) -> Report | None:
         """Roll the transaction back; None if another fixture of the test still uses it."""
@@ -146,24 +156,27 @@ class Kit:
         if self._users:
             return None
         assert self._turns is not None
-        assert self._backend is not None
-        assert self._base is not None
         turns, self._turns = self._turns, None
         self._stand_in(self.home)
-        left = [connection for connection in self._open if not connection.is_of_the_test]
-        leaks, self._leaks = self._leaks + [connection.place for connection in left], []
+        leaks = self._leaks + [one.place for one in self._open if not one.is_of_the_test]
         for connection in self._open:
             connection.abandon()
-        self._open = []
+        self._open, self._leaks = [], []
         at_rest = turns.close()
         lost = turns.lost
         if lost is None and at_rest:
-            lost = turns.portal.call(_end, self._backend)
-        if lost or not at_rest:
-            self._portal.call(self._base.invalidate)
-        if lost or not at_rest or self._backend.schema_touched:
+            lost = turns.portal.call(_end, turns.backend)
+        if lost is not None or not at_rest:
+            self._forget_base()
+        elif turns.backend.schema_touched:
             self._close_base()  # drivers remember the schema, which was rolled back
         return Report(leaks, lost, turns.differences)
+
+    def _forget_base(self) -> None:
+        """Close what may be closed already, or at work."""
+        if self._base is not None:
+            self._portal.call(self._base.invalidate)
+        self._close_base()
 
     def _close_base(self) -> None:
         base, self._base, self._backend = self._base, None, None
@@ -261,10 +274,10 @@ def _end(backend: Backend) -> Exception | None:
     """Roll back; returns why there was nothing to roll back, if so."""
     try:
         backend.execute(f"ROLLBACK TO SAVEPOINT {_BASE}")
+        backend.rollback()
+        backend.release_locks()
     except Exception as error:
         return error
-    backend.rollback()
-    backend.release_locks()
     return None
 
 

@@ -171,8 +171,8 @@ class LoopBound:
         return repr(self._target)
 
     @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # for isinstance()
-        return type(self._target)
+    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return type(self._target)  # for isinstance()
 
     def __getattr__(self, name: str) -> Any:
         return self._wrapped(getattr(self._target, name))

@@ -7,7 +7,7 @@ nothing had been.
 import re
 from pathlib import Path
 
-from tests.testing.suites import Run, run, source, write
+from tests.testing.suites import ASYNCIO, Run, run, source, write
 
 LEAKS = {
     "test_leaks_an_async_session": 1,
@@ -43,3 +43,22 @@ def test_tests_that_leave_something_behind(tmp_path: Path, tested_url: str) -> N
         assert f"{test} has closed its connection, or ended the transaction" in said, done.output
     assert done.outcomes["error"] == len(LEAKS) + len(lost), done.output
     assert "failed" not in done.outcomes, done.output
+
+
+def test_what_is_different_is_said(tmp_path: Path, tested_url: str) -> None:
+    """Work that would have stayed with a connection for each unit of work: a warning names the
+    places of both. Where nothing is different, there is none."""
+    write(tmp_path, "differences", ini=ASYNCIO | {"filterwarnings": "default"})
+    done = run(tmp_path, tested_url, "-W", "error::DeprecationWarning")
+    lines = source("differences").splitlines()
+    said = re.findall(r"test_differences.py:(\d+).*test_differences.py:(\d+)", done.output)
+    expected = []
+    for number in (3,) if tested_url.startswith("sqlite") else (1, 2, 3, 4):
+        inner, outer = (
+            next(str(n) for n, text in enumerate(lines, 1) if text.endswith(f"# {kind} {number}"))
+            for kind in ("inner", "outer")
+        )
+        expected.append((inner, outer))
+    assert sorted(said) == sorted(expected), done.output
+    assert done.output.count("SharedConnectionWarning: test_differences.py::") == len(expected)
+    assert not done.outcomes.keys() & {"failed", "error"}, done.output

@@ -6,7 +6,8 @@ import pytest
 from sqlalchemy import func, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from repom import current_session, session_scope
+from repom import current_session, get_database, session_scope
+from tests.support.reader import rows
 from tests.testing.inner.app import User
 
 
@@ -69,3 +70,24 @@ async def test_prepared_statements_after_a_schema_change(number: int) -> None:
     async with session_scope() as session:
         columns = (await session.execute(text("SELECT *, 1 FROM users"))).keys()
         assert "more" in columns
+
+
+async def test_before_that(async_db_test: AsyncSession) -> None:
+    """A test, whose connection is kept for the next one."""
+    await async_db_test.execute(select(User))
+
+
+def test_connection_is_lost_between_tests() -> None:
+    """As by a server that is started anew, or by its time limit for idle connections."""
+    url = get_database().url.set(drivername="postgresql").render_as_string(hide_password=False)
+    terminate = (
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    assert rows(url, terminate)
+
+
+async def test_after_that(async_db_test: AsyncSession) -> None:
+    """The next test has a new one."""
+    async_db_test.add(User(email="a"))
+    await async_db_test.commit()
