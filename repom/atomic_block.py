@@ -42,6 +42,7 @@ class atomic(Generic[AsyncSessionT, SessionT]):  # noqa: N801 - reads as a state
 
     Raises:
         DurableAtomicError: on entering, with `durable`, inside an open unit of work.
+        ScopeClosedError: on entering, in a task or thread that outlives its unit of work.
         TypeError: on entering a `with` block that has `retries`: only a function can be repeated.
 
     Example:

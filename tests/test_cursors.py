@@ -14,6 +14,7 @@ from sqlalchemy import insert, literal, select, text
 from sqlalchemy.exc import ResourceClosedError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
+from sqlalchemy.util import greenlet_spawn
 
 from repom import atomic, current_scope, session_scope, sync_session_scope
 from repom.database import Database
@@ -297,18 +298,19 @@ async def test_nothing_is_said_of_the_cursor_of_a_closed_connection(
 async def test_cursor_whose_closing_was_cancelled(
     database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The end does not try again what SQLAlchemy can only log."""
+    """At its end a result closes its cursor. A client that goes in that moment leaves one behind
+    for which SQLAlchemy could only log that it cannot be closed again."""
     async with session_scope(database) as session:
-        session.add_all(Note(id=n, text=f"{n}".zfill(80)) for n in range(1, 1000))
+        session.add(Note(text="a"))
         await session.flush()
-        result = await session.stream(select(Note.text), execution_options={"yield_per": 5})
-        assert await result.fetchone()
-        closing = asyncio.create_task(result.close())
+        result = await session.stream(select(Note.text))
+        at_its_end = greenlet_spawn(result._real_result._soft_close)
+        closing = asyncio.create_task(at_its_end)
         await asyncio.sleep(0)
         closing.cancel()
         with suppress(asyncio.CancelledError):
             await closing
     assert caplog.records == []
-    assert len(texts(database)) == 999
+    assert texts(database) == ["a"]
     assert_nothing_open(database)
     del result

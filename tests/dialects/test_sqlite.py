@@ -19,6 +19,7 @@ import pytest
 from sqlalchemy import URL, Connection, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.orm import Session
 
@@ -229,6 +230,21 @@ async def test_an_engine_in_autocommit_begins_nothing(sqlite_url: str) -> None:
         sync_connection.execute(text("insert into t values (2)"))
     assert numbers(sqlite_url) == [1, 2]
     await database.dispose()
+
+
+async def test_autocommit_holds_no_place_in_the_line(database: Database) -> None:
+    """It is no transaction that others would have to wait for; as an option of the session it
+    does not even wait itself."""
+    eager = Database(database.url, engine_kwargs={"isolation_level": "AUTOCOMMIT"})
+    async with session_scope(eager) as session:
+        await session.execute(text("insert into t values (1)"))
+        assert line(database).holder() is None
+    await eager.dispose()
+    place = line(database).acquire("somebody", 0)
+    async with session_scope(database, isolation_level="AUTOCOMMIT") as session:
+        await session.execute(text("insert into t values (2)"))
+    place.release()
+    assert numbers(str(database.url)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("level", ["SERIALIZABLE", "READ UNCOMMITTED"])
@@ -837,7 +853,7 @@ async def test_a_scope_cancelled_while_it_begins_gives_its_place_up(database: Da
         let_go()
         with pytest.raises(asyncio.CancelledError):
             await task
-    assert line(database).holder() is None
+    await until(lambda: line(database).holder() is None)  # by the connection's thread
     await write_number(database, 5)
     assert numbers(url) == [0, 5]
 
@@ -879,6 +895,20 @@ async def test_who_waits_in_line_has_no_connection(
         place.release()
         await writing
         assert numbers(driver.url) == [1]
+
+
+@pytest.mark.parametrize("name", ["aiosqlite", "pysqlite"])
+async def test_who_gets_no_connection_gives_its_place_up(sqlite_url: str, name: str) -> None:
+    """The pool is empty, and stays so for longer than `pool_timeout`."""
+    execute(sqlite_url, "create table t (n integer)")
+    driver = Driver(name, sqlite_url)
+    driver.database.engine_kwargs["pool_timeout"] = 0.05
+    async with driver.work(READER) as reader, driver.work(WRITER) as writer:
+        await reader.do(statement("select * from t"))
+        with pytest.raises(PoolTimeout):
+            await writer.do(statement("insert into t values (1)"))
+        assert line(driver.database).holder() is None
+    await driver.database.dispose()
 
 
 async def test_dispose_lets_the_writer_that_is_at_work_finish(database: Database) -> None:
