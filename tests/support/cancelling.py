@@ -39,18 +39,46 @@ CANCELLING: tuple[Cancelling, ...] = (
 Suspended = Callable[[Any], object]
 
 
-class Interruption:
-    """Cancels the task that it runs in when its work is suspended for the `number`-th time.
+class Moment:
+    """The moment at which a piece of work is suspended for the `number`-th time.
 
     Attributes:
-        happened: whether the work was suspended so often, and so was cancelled.
+        happened: whether it has come.
     """
 
-    def __init__(self, number: int, how: Cancelling) -> None:
+    def __init__(self, number: float) -> None:
         self.happened = False
         self._number = number
-        self._how = how
         self._count = 0
+
+    async def act(self, work: Awaitable[Any], action: Suspended) -> None:
+        """Do `work`, and `action` at that moment."""
+        over = False
+
+        def suspended(awaited: Any) -> None:
+            self._count += 1
+            if self._count == self._number and not over:
+                self.happened = True
+                action(awaited)
+
+        try:
+            with _watching_tasks(suspended):
+                await _Watched(_waiting_for(work), suspended)
+        finally:
+            over = True
+
+
+class Interruption(Moment):
+    """A moment at which the task that does the work is cancelled."""
+
+    def __init__(self, number: float, how: Cancelling) -> None:
+        super().__init__(number)
+        self._how = how
+        self._cancel: Suspended
+
+    def cancel(self) -> None:
+        """Cancel it now."""
+        self._cancel(None)
 
     async def run(self, work: Awaitable[Any]) -> bool:
         """Do `work`, and cancel it.
@@ -64,16 +92,19 @@ class Interruption:
         loop = asyncio.get_running_loop()
         if self._how == "cancel scope":
             with anyio.CancelScope() as scope:
-                await self._watch(work, lambda _: loop.call_soon(scope.cancel))
+                self._cancel = lambda _: loop.call_soon(scope.cancel)
+                await self.act(work, self._cancel)
             return scope.cancelled_caught
         if self._how == "timeout":
             try:
                 async with asyncio.timeout(None) as timeout:
-                    await self._watch(work, lambda _: timeout.reschedule(loop.time()))
+                    self._cancel = lambda _: timeout.reschedule(loop.time())
+                    await self.act(work, self._cancel)
             except TimeoutError:
                 return True
             return False
-        await self._watch(work, self._cancels(asyncio.current_task()))
+        self._cancel = self._cancels(asyncio.current_task())
+        await self.act(work, self._cancel)
         return False
 
     def _cancels(self, task: asyncio.Task[Any] | None) -> Suspended:
@@ -92,21 +123,6 @@ class Interruption:
                 loop.call_soon(lambda: loop.call_soon(task.cancel))
 
         return cancel
-
-    async def _watch(self, work: Awaitable[Any], cancel: Suspended) -> None:
-        over = False
-
-        def suspended(awaited: Any) -> None:
-            self._count += 1
-            if self._count == self._number and not over:
-                self.happened = True
-                cancel(awaited)
-
-        try:
-            with _watching_tasks(suspended):
-                await _Watched(_waiting_for(work), suspended)
-        finally:
-            over = True
 
 
 async def _waiting_for(work: Awaitable[Any]) -> Any:
