@@ -18,6 +18,8 @@ from benchmarks.tables import DATABASES, TITLES
 mpl.rcParams.update(
     {
         "svg.hashsalt": "repom",  # the same results give the same file
+        "svg.fonttype": "none",  # text that can be searched, and a small file
+        "font.family": "sans-serif",
         "font.size": 9,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -77,7 +79,10 @@ def growth(results: Results, path: Path) -> None:
                 color=_REPOM if ours else "#24292f" if hand else None,
                 linestyle="--" if hand else ":" if name != "repom" and ours else "-",
             )
-        axis.set_xscale("symlog", linthresh=1)
+        levels = sorted({row.concurrency for row in mine})
+        axis.set_xscale("log")
+        axis.set_xticks(levels, [str(level) for level in levels])
+        axis.minorticks_off()
         axis.set_ylim(bottom=0)
         axis.set_title(f"one SELECT, {DATABASES[database]}, pool of {POOL_SIZE}")
         axis.set_xlabel("requests in flight")
