@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks import cases, databases, environments, report
-from benchmarks.cases import COMPARED, Conditions
+from benchmarks.cases import APART, TOGETHER, Conditions
 from benchmarks.contenders import CONTENDERS, HOSTS, Contender
 from benchmarks.entrants import entrants
 from benchmarks.environments import python_of
@@ -31,35 +31,42 @@ async def run(options: argparse.Namespace) -> Results:
         for contender in CONTENDERS
         if environments.is_there(contender.environment) and _is_wanted(contender, options)
     ]
+    names = list(dict.fromkeys(contender.environment for contender in contenders))
     results = Results(about() | {"effort": "quick" if options.quick else "full"}, {})
-    for name in dict.fromkeys(contender.environment for contender in contenders):
+    for name in names:
         async with worker(python_of(name)) as remote:
             results.environments[name] = await remote.ask("versions")
     effort = cases.QUICK if options.quick else cases.FULL
-    for number, database in enumerate(options.database):
-        async with (
-            databases.filled(database) as url,
-            worker(Path(sys.executable)) as load,
-        ):
+    for database in options.database:
+        async with databases.filled(database) as url, worker(Path(sys.executable)) as load:
             results.about[database] = await databases.version(url)
             conditions = Conditions(effort, database, random.Random(options.seed), load)
             for host in options.host:
-                async with entrants(contenders, host, url) as ready:
-                    for case, compare in COMPARED.items():
-                        # The database makes no difference where none is used.
-                        if not ready or case not in options.case or (case == "nothing" and number):
-                            continue
-                        tell(f"{database}, {host}: {case}")
-                        results.rows += await compare(ready, case, conditions)
-                        save(results, options)
-            if "instructions" in options.case:
+                mine = [contender for contender in contenders if contender.host == host]
+                alone = [[c for c in mine if c.environment == name] for name in names]
+                for group, compared in ((mine, TOGETHER), *((group, APART) for group in alone)):
+                    wanted = [case for case in compared if _is_asked_for(case, database, options)]
+                    if not group or not wanted:
+                        continue
+                    async with entrants(group, host, url) as ready:
+                        for case in wanted:
+                            tell(f"{database}, {host}: {case} of {len(ready)} applications")
+                            results.rows += await compared[case](ready, case, conditions)
+                            save(results, options)
+            if _is_asked_for("instructions", database, options):
                 tell(f"{database}: instructions")
                 results.rows += await cases.instructions(url, database, effort)
-            if "resident" in options.case and not number:
+            if _is_asked_for("resident", database, options):
                 tell(f"{database}: resident")
                 results.rows += await cases.resident(contenders, url, database, effort)
             save(results, options)
     return results
+
+
+def _is_asked_for(case: str, database: str, options: argparse.Namespace) -> bool:
+    # One database tells how an endpoint without any, and the memory of a process, are doing.
+    once = case in ("nothing", "resident") and database != options.database[0]
+    return case in options.case and not once
 
 
 def save(results: Results, options: argparse.Namespace) -> None:

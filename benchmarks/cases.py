@@ -71,8 +71,11 @@ class Conditions:
 
     async def count(self, ready: list[Entrant], endpoint: str) -> int:
         """How many requests the hand-written code answers in the seconds of a round."""
-        for count in (20, 100):  # the first ones have connections to open
-            found = await run(endpoint, count)(ready[0])
+        try:
+            for count in (20, 100):  # the first ones have connections to open
+                found = await run(endpoint, count)(ready[0])
+        except WorkerError:
+            return 10  # the rounds will meet it, too, and say so
         return max(10, round(self.effort.seconds / found["wall"]))
 
 
@@ -217,11 +220,9 @@ async def resident(
     return found
 
 
-#: The cases in which entrants are compared, in this order: served ones are not quite idle.
-COMPARED = {
-    **dict.fromkeys(SEQUENTIAL, sequential),
-    "pool": pool,
-    "growth": growth,
-    "memory": memory,
-    "sockets": sockets,
-}
+#: Everybody takes part in each round.
+TOGETHER = {**dict.fromkeys(SEQUENTIAL, sequential), "memory": memory}
+
+#: One environment at a time. Every entrant fills its pool here, and a database server has 100
+#: connections, or 150, and not one for each of all the pools.
+APART = {"pool": pool, "growth": growth, "sockets": sockets}
