@@ -211,8 +211,8 @@ class Exchange:
 
     async def _send_all(self, *messages: Message) -> None:
         for message in messages:
-            await self._send(message)
-            self._last_sent = message["type"]
+            self._last_sent = message["type"]  # before, for a server may have it although we
+            await self._send(message)  # are cancelled in there
 
     def _commits(self) -> bool:
         """Whether what is open is to be committed."""

@@ -136,13 +136,14 @@ class _Waiting:
     The methods are those that an `asyncio.Task` calls on what it waits for.
     """
 
-    __slots__ = ("_asyncio_future_blocking", "_context", "_future", "_wake")
+    __slots__ = ("_asyncio_future_blocking", "_context", "_future", "_is_cancelled", "_wake")
 
     _wake: Callable[[Any], object]
     _context: Context | None
 
     def __init__(self, future: Future[Any]) -> None:
         self._future = future
+        self._is_cancelled = False
         self._asyncio_future_blocking = True
 
     def __await__(self) -> Generator[Any, None, None]:
@@ -164,8 +165,9 @@ class _Waiting:
         """What `future` has raised it raises where it is awaited, and not in the caller."""
 
     def cancel(self, msg: Any = None) -> bool:
-        if self._future.done():
-            return False
+        if self._is_cancelled or self._future.done():
+            return False  # it is being woken already
+        self._is_cancelled = True
         self._future.remove_done_callback(self._done)
         loop = self._future.get_loop()
         cancelled = loop.create_future()

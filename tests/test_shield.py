@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import gc
 import weakref
+from collections.abc import Coroutine
+from typing import Any
 
 import anyio
 import pytest
@@ -53,6 +55,31 @@ async def test_ending_is_done_before_the_cancellation_comes_out(how: Cancelling)
 
     assert await cancelled_at(1, how, caller())
     assert seen == [0, 1, 2]
+
+
+async def test_two_cancellations_in_one_moment_are_one() -> None:
+    """The task is not woken twice, the second time when it is done."""
+    loop = asyncio.get_running_loop()
+    complaints: list[dict[str, Any]] = []
+    loop.set_exception_handler(lambda _, context: complaints.append(context))
+    answer: asyncio.Future[None] = loop.create_future()
+
+    async def end() -> None:
+        await answer
+
+    task = asyncio.create_task(awaiting(end()))
+    await asyncio.sleep(0)
+    task.cancel()
+    task.cancel()
+    answer.set_result(None)
+    await asyncio.wait((task,))
+    await asyncio.sleep(0)
+    assert (task.cancelled(), complaints) == (True, [])
+
+
+async def awaiting(ending: Coroutine[Any, Any, None]) -> None:
+    with contextlib.suppress(RefusedError):
+        await run_to_end(ending, limit=LIMIT)
 
 
 async def test_pending_cancellation_does_not_keep_the_ending_from_starting() -> None:

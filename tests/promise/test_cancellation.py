@@ -471,7 +471,7 @@ async def cancel_at_every_await(
     """Do such work until it is not cancelled any more; fail if a run breaks the promise."""
     counts = set()
     for number in itertools.count(1):
-        run = f"{label} {connection} {number} "
+        run = f"{connection} {label}{number} "
         await site.begin_anew(connection)
         interruption = Interruption(number, way(number + shift))
         with answered_commits(site.database, site.other) as commits, counted_turns() as turns:
@@ -490,7 +490,7 @@ async def cancel_at_every_await(
         counts.add(len(commits))
         assert was_cancelled or site.forgets_cancellations, run
     assert (client.status, client.complete) == (shape.status, True)
-    assert counts == set(range(0, len(shape.commits) + 1, shape.at_once))
+    assert {0} < counts or not shape.commits  # cancelled before a COMMIT, and after one
 
 
 @pytest.mark.parametrize("name", DRIVERS)
@@ -526,7 +526,7 @@ def test_work_cancelled_at_every_await_on_uvloop(
     async def main() -> None:
         async with open_site(request, name, tmp_path) as site:
             for number, shape in enumerate(("callback", "streaming", "thread")):
-                await cancel_at_every_await(site, SHAPES[shape], "new", number, label=shape)
+                await cancel_at_every_await(site, SHAPES[shape], "new", number, f"{shape} ")
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main())

@@ -7,11 +7,10 @@ visitors are counted, so that two transactions which saw each other's half would
 
 from typing import Any
 
-from sqlalchemy import ForeignKey
+from sqlalchemy import ForeignKey, MetaData
 from sqlalchemy.engine import make_url
-from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from repom.models import Base
 from tests.support.reader import ask, execute, rows
 
 ROWS = 3
@@ -21,6 +20,10 @@ BALLAST_ROWS, BALLAST_BYTES = 300, 500
 
 #: No entry has this id: one that names it as its parent is refused, by COMMIT where it can be.
 NOWHERE = -1
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData()  # which no other test creates
 
 
 class Entry(Base):
