@@ -88,10 +88,14 @@ def test_result_that_is_still_to_be_read(db_test: Session) -> None:
     """It has all its rows, whatever others do meanwhile."""
     db_test.add_all([User(email=f"{n:03}") for n in range(300)])
     db_test.commit()
-    result = db_test.execute(select(User.email).order_by(User.email))
+    query = select(User.email).order_by(User.email)
+    result = db_test.execute(query)
+    streamed = db_test.execute(query, execution_options={"yield_per": 10})
+    assert streamed.fetchone() is not None
     with sync_session_scope() as session:
         session.execute(delete(User).where(User.email > "100"))
     assert len(result.all()) == 300
+    assert len(streamed.all()) == 299
     assert len(emails(db_test)) == 101
 
 

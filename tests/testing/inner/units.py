@@ -363,7 +363,7 @@ async def test_result_that_is_still_to_be_read(db_test: Session) -> None:
     query = select(User.email).order_by(User.email)
     async with session_scope(sqlite_begin="DEFERRED") as session:
         result = await session.execute(query)
-        streamed = await session.stream(query)
+        streamed = await session.stream(query, execution_options={"yield_per": 10})
         first = await streamed.fetchone()
         db_test.execute(delete(User).where(User.email > "100"))
         db_test.commit()
