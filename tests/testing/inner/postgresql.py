@@ -63,13 +63,12 @@ async def test_settings_of_a_session(number: int) -> None:
 @pytest.mark.parametrize("number", range(2))
 async def test_prepared_statements_after_a_schema_change(number: int) -> None:
     """What a driver remembers of a schema that was rolled back does no harm."""
+    query = text("SELECT * FROM users")
     async with session_scope() as session:
-        columns = (await session.execute(text("SELECT * FROM users"))).keys()
-        assert set(columns) == {"id", "email"}
-        await session.execute(text("ALTER TABLE users ADD COLUMN more INTEGER"))
-    async with session_scope() as session:
-        columns = (await session.execute(text("SELECT *, 1 FROM users"))).keys()
-        assert "more" in columns
+        if number == 0:
+            await session.execute(text("ALTER TABLE users ADD COLUMN more INTEGER"))
+        columns = set((await session.execute(query)).keys())
+        assert columns == {"id", "email"} | ({"more"} if number == 0 else set())
 
 
 async def test_before_that(async_db_test: AsyncSession) -> None:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from sqlalchemy import insert, select, text, update
+from sqlalchemy import delete, insert, select, text, update
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
@@ -341,6 +341,36 @@ async def test_who_only_reads_keeps_nobody_waiting(db_test: Session) -> None:
 async def create_in_a_scope(email: str) -> None:
     async with session_scope():
         await create(email)
+
+
+@many_writers
+async def test_savepoints_of_units_inside_units(db_test: Session) -> None:
+    """SQLAlchemy gives them the same names on each of its connections."""
+    async with session_scope() as outer, outer.begin_nested():
+        add(outer, "a")
+        await outer.flush()
+        async with session_scope() as inner, inner.begin_nested():
+            add(inner, "b")
+        add(outer, "c")
+    assert emails(db_test) == ["a", "b", "c"]
+
+
+async def test_result_that_is_still_to_be_read(db_test: Session) -> None:
+    """It has all its rows, whatever others do meanwhile, also if it is read bit by bit."""
+    for number in range(300):
+        add(db_test, f"{number:03}")
+    db_test.commit()
+    query = select(User.email).order_by(User.email)
+    async with session_scope(sqlite_begin="DEFERRED") as session:
+        result = await session.execute(query)
+        streamed = await session.stream(query, execution_options={"yield_per": 10})
+        first = await streamed.fetchone()
+        db_test.execute(delete(User).where(User.email > "100"))
+        db_test.commit()
+        assert len(result.all()) == 300
+        assert first is not None
+        assert len([row async for row in streamed]) == 299
+    assert len(emails(db_test)) == 101
 
 
 @many_writers
