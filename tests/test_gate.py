@@ -282,8 +282,10 @@ async def test_block_left_open_inside_another_one_opens_that_to_nobody() -> None
             await worker.work("own")
 
     async def leave_open() -> None:
-        worker.block().__enter__()
+        blocks.append(block := worker.block())
+        block.__enter__()
 
+    blocks = []
     task = asyncio.create_task(outer())
     await begun.wait()
     waiting = asyncio.create_task(worker.work("waiting"))
@@ -292,6 +294,7 @@ async def test_block_left_open_inside_another_one_opens_that_to_nobody() -> None
     leave.set()
     await asyncio.gather(task, waiting)
     assert worker.log == ["own in", "own out", "waiting in", "waiting out"]
+    blocks[0].__exit__(None, None, None)
 
 
 async def test_commit_waits_for_the_block_of_another_task() -> None:
