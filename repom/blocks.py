@@ -31,14 +31,15 @@ class Block:
         is_undone: whether it was rolled back.
     """
 
-    __slots__ = ("_task", "blocks", "is_disturbed", "is_over", "is_undone", "savepoint")
+    __slots__ = ("_task", "_wake", "blocks", "is_disturbed", "is_over", "is_undone", "savepoint")
 
-    def __init__(self, blocks: Blocks, task: Task | None) -> None:
+    def __init__(self, blocks: Blocks, task: Task | None, wake: Callable[[], object]) -> None:
         self.blocks = blocks
         self.savepoint: object = None
         self.is_disturbed = False
         self.is_over = False
         self.is_undone = False
+        self._wake: Callable[[], object] | None = wake
         # Contexts outlive the block: a connection keeps the one in which it was opened.
         self._task = None if task is None else weakref.ref(task)
         if task is not None:
@@ -54,15 +55,19 @@ class Block:
         return None if task is None or task.done() else task
 
     def _left_open(self, task: Task) -> None:
-        self.blocks.wake()
+        if self._wake is not None:
+            self._wake()
 
     def end(self, *, undone: bool) -> None:
         """Its savepoint has ended."""
+        wake, self._wake = self._wake, None
         self.is_over = True
         self.is_undone = undone
         self.savepoint = None
         if (task := self.task) is not None:
             task.remove_done_callback(self._left_open)
+        if wake is not None:
+            wake()
 
 
 #: The blocks that this context is in. Tasks inherit them from the one that starts them.
@@ -90,21 +95,21 @@ class Blocks:
     Attributes:
         open: from the outermost to the innermost.
         has_undone: whether one was rolled back, so that tasks of it may be left over.
-
-    Args:
-        wake: called when a block keeps nobody out any more, because it has ended or its task.
     """
 
-    __slots__ = ("has_undone", "open", "wake")
+    __slots__ = ("has_undone", "open")
 
-    def __init__(self, wake: Callable[[], None] = lambda: None) -> None:
+    def __init__(self) -> None:
         self.open: list[Block] = []
-        self.wake = wake
         self.has_undone = False
 
-    def begin(self, task: Task | None) -> Block:
-        """A block that `task` has entered, or one for all."""
-        block = Block(self, task)
+    def begin(self, task: Task | None, wake: Callable[[], object] = lambda: None) -> Block:
+        """A block that `task` has entered, or one for all.
+
+        Args:
+            wake: called when it keeps nobody out any more, because it has ended or its task.
+        """
+        block = Block(self, task, wake)
         self.open.append(block)
         _blocks_here.set((*self._others_here(block), block))
         return block
@@ -116,10 +121,9 @@ class Blocks:
             Whether that may have undone changes of others, too.
         """
         self.open.remove(block)
-        block.end(undone=undone)
         self.has_undone = self.has_undone or undone
         _blocks_here.set(self._others_here(block))
-        self.wake()
+        block.end(undone=undone)
         return undone and block.is_disturbed
 
     def of(self, savepoint: object) -> Block | None:

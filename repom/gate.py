@@ -91,7 +91,7 @@ class TaskGate:
 
     def __init__(self) -> None:
         self.closed = False
-        self.blocks = Blocks(self._hand_over)
+        self.blocks = Blocks()
         self._owner: Task | None = None
         self._waiters: deque[_Waiter] = deque()
 
@@ -135,7 +135,7 @@ class TaskGate:
         self.blocks.refuse_left_over()
 
     def begin_block(self) -> Block:
-        return self.blocks.begin(self._owner)
+        return self.blocks.begin(acting_task(), self._hand_over)
 
     def _hand_over(self) -> None:
         # Handed over, not released: a newcomer must not overtake those who wait.

@@ -3,28 +3,36 @@
 import asyncio
 from contextlib import suppress
 
+import pytest
 from sqlalchemy import insert
 
-from repom import current_session, session_scope, sync_session_scope
+from repom import current_session, gate, session_scope, sync_session_scope
 from repom.database import Database
 from tests.support.units import Note, database, texts
 
 __all__ = ["database"]
 
 
-async def test_savepoint_of_the_connection_that_nobody_has_ended(database: Database) -> None:
+async def test_savepoint_of_the_connection_that_nobody_has_ended(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It ends with the transaction, and keeps nobody out of the next one."""
+    monkeypatch.setattr(gate, "BLOCK_TIMEOUT", 1)
+    committed = asyncio.Event()
+
+    async def sibling() -> None:
+        await committed.wait()
+        await current_session().execute(insert(Note).values(text="in the next transaction"))
+
     async with session_scope(database, inner_commits="allow") as session:
+        task = asyncio.create_task(sibling())
         connection = await session.connection()
         await connection.begin_nested()
         await connection.execute(insert(Note).values(text="in the savepoint"))
         await session.commit()
-        await asyncio.create_task(write("in the next transaction"))
+        committed.set()
+        await task
     assert texts(database) == ["in the savepoint", "in the next transaction"]
-
-
-async def write(text: str) -> None:
-    await current_session().execute(insert(Note).values(text=text))
 
 
 def test_savepoints_of_a_sync_session(database: Database) -> None:

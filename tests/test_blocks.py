@@ -7,10 +7,12 @@ from collections.abc import Coroutine
 from contextvars import copy_context
 from typing import Any
 
+import pytest
 from sqlalchemy import create_engine
 from sqlalchemy.orm import Session
 
 from repom.blocks import Block, Blocks, Visitor
+from repom.errors import ScopeClosedError
 
 
 async def in_task(coro: Coroutine[Any, Any, Any]) -> Any:
@@ -110,6 +112,22 @@ async def test_block_that_is_over_keeps_nothing_alive() -> None:
     gc.collect()
     assert [reference() for reference in alive] == [None, None]
     del context
+
+
+async def test_block_that_was_rolled_back_in_another_context() -> None:
+    """Its own context does not know of it. The task that has entered it goes on all the same, and
+    one that it has started does not."""
+
+    async def child() -> None:
+        with pytest.raises(ScopeClosedError):
+            blocks.refuse_left_over()
+
+    blocks = Blocks()
+    block = begin(blocks)
+    task = asyncio.create_task(child())
+    copy_context().run(blocks.end, block, undone=True)
+    blocks.refuse_left_over()
+    await task
 
 
 async def test_blocks_that_others_have_ended_do_not_pile_up() -> None:

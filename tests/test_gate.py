@@ -1,6 +1,7 @@
 """The gate of a session: one at a time, in order, nobody forgotten, nobody after the end."""
 
 import asyncio
+import gc
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -166,6 +167,13 @@ async def test_closed_gate_refuses_those_who_come_and_those_who_wait() -> None:
     assert worker.gate.is_free
 
 
+def test_gate_leaves_no_cycle() -> None:
+    """Every session has one, and none of them is to wait for the garbage collector."""
+    gc.collect()
+    TaskGate(), ThreadGate()
+    assert gc.collect() == 0
+
+
 # --- blocks ---------------------------------------------------------------------------------------
 
 
@@ -282,8 +290,10 @@ async def test_block_left_open_inside_another_one_opens_that_to_nobody() -> None
             await worker.work("own")
 
     async def leave_open() -> None:
-        worker.block().__enter__()
+        blocks.append(block := worker.block())
+        block.__enter__()
 
+    blocks: list[Any] = []
     task = asyncio.create_task(outer())
     await begun.wait()
     waiting = asyncio.create_task(worker.work("waiting"))
@@ -292,6 +302,7 @@ async def test_block_left_open_inside_another_one_opens_that_to_nobody() -> None
     leave.set()
     await asyncio.gather(task, waiting)
     assert worker.log == ["own in", "own out", "waiting in", "waiting out"]
+    blocks[0].__exit__(None, None, None)
 
 
 async def test_commit_waits_for_the_block_of_another_task() -> None:
