@@ -211,8 +211,12 @@ class Exchange:
 
     async def _send_all(self, *messages: Message) -> None:
         for message in messages:
-            self._last_sent = message["type"]  # before, for a server may have it although we
-            await self._send(message)  # are cancelled in there
+            before, self._last_sent = self._last_sent, message["type"]
+            try:
+                await self._send(message)
+            except Exception:  # the server has refused it; if we are cancelled it may have it
+                self._last_sent = before
+                raise
 
     def _commits(self) -> bool:
         """Whether what is open is to be committed."""
