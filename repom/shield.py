@@ -198,6 +198,7 @@ async def run_to_end(coro: Coroutine[Any, Any, T], *, limit: float) -> T:
         return await coro  # inside another one, so nobody cancels it
     ending = Ending(coro, caller, limit)
     cancelled: CancelledError | None = None
+    result: Any = None
     try:
         try:
             while True:
@@ -210,7 +211,7 @@ async def run_to_end(coro: Coroutine[Any, Any, T], *, limit: float) -> T:
                 if cancelled is not None:
                     await _settled(future)
         except StopIteration as end:
-            result: T = end.value
+            result = end.value
         except Exception as error:
             # The same exception object goes on: anyio recognises its own by the message.
             if cancelled is not None:
@@ -223,7 +224,7 @@ async def run_to_end(coro: Coroutine[Any, Any, T], *, limit: float) -> T:
                 raise
         if cancelled is not None:
             raise cancelled
-        return result
+        return result  # type: ignore[no-any-return]
     finally:
         ending.over()
         # Or what is raised would keep itself alive: its traceback has this frame.

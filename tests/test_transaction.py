@@ -217,15 +217,17 @@ async def increment(seen: list[int]) -> int:
     """Read and write what others read and write, too; what is read decides what is written."""
     seen.append(current_scope().attempt)
     note = (await current_session().scalars(select(Note))).one()
-    note.remark = f"{int(note.remark or 0) + 1}"
-    return int(note.remark)
+    number = int(note.remark or 0) + 1
+    note.remark = f"{number}"
+    return number
 
 
 def increment_sync(seen: list[int]) -> int:
     seen.append(current_scope().attempt)
     note = current_sync_session().scalars(select(Note)).one()
-    note.remark = f"{int(note.remark or 0) + 1}"
-    return int(note.remark)
+    number = int(note.remark or 0) + 1
+    note.remark = f"{number}"
+    return number
 
 
 def with_a_counter(database: Database) -> None:

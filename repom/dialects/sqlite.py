@@ -385,19 +385,21 @@ class RepomSQLiteConnection(sqlite3.Connection):
 class _BeginningCursor(sqlite3.Cursor):
     """A cursor that begins the transaction first, if that is due."""
 
-    connection: RepomSQLiteConnection
-
     def execute(self, *args: Any) -> Any:
-        self.connection.begin_if_due()
+        self._begin_if_due()
         return super().execute(*args)
 
     def executemany(self, *args: Any) -> Any:
-        self.connection.begin_if_due()
+        self._begin_if_due()
         return super().executemany(*args)
 
     def executescript(self, *args: Any) -> Any:
-        self.connection.begin_if_due()
+        self._begin_if_due()
         return super().executescript(*args)
+
+    def _begin_if_due(self) -> None:
+        connection: Any = self.connection
+        connection.begin_if_due()
 
 
 def _factory(base: Any, *, read_only: bool) -> Any:
