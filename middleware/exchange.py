@@ -138,7 +138,12 @@ class Exchange:
             due = await self._end_before(message)
         finally:
             turn.leave()
-        await self._send_all(*due)
+        if self._committed and any(each["type"] == "http.response.start" for each in due):
+            # It tells of a COMMIT. Cancelled while the connection is congested, it would be lost,
+            # and the server would answer with an error.
+            await run_to_end(self._send_all(*due), limit=self._unit.end_timeout)
+        else:
+            await self._send_all(*due)
 
     async def _wait_for_sender(self) -> None:
         """Let a task that is about to answer do so, though the app that started it has ended.

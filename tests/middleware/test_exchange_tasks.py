@@ -202,6 +202,48 @@ async def test_client_that_is_gone(
     assert connections_in_use(database) == 0
 
 
+@pytest.mark.parametrize("cancels", [1, 2])
+async def test_cancelled_while_the_start_waits_for_a_congested_connection(
+    database: Database, database_url: str, cancels: int
+) -> None:
+    """The start that tells of a COMMIT leaves all the same. Lost, the server would answer with an
+    error of its own."""
+
+    async def respond(send: Send) -> None:
+        await write("a")
+        await answer(send, 201)
+
+    app = serve(database, respond)
+
+    async def server(scope: Scope, receive: Receive, send: Send) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        is_started = False
+
+        async def congested(message: Message) -> None:
+            nonlocal is_started
+            if not is_started:
+                drained = asyncio.Event()
+                loop = asyncio.get_running_loop()
+                for _ in range(cancels):
+                    loop.call_soon(task.cancel)
+                loop.call_later(0.01, drained.set)
+                await drained.wait()
+            await send(message)
+            is_started = True
+
+        try:
+            await app(scope, receive, congested)
+        finally:
+            if not is_started:
+                await answer(send, 500)
+
+    response = await request(server, "POST")
+    assert (response.status, notes(database_url)) == (201, ["a"])
+    assert isinstance(response.exception, asyncio.CancelledError)
+    assert connections_in_use(database) == 0
+
+
 # --- several tasks
 
 
