@@ -1,11 +1,13 @@
 """195 tests of an application, rolled back each, against the database made anew for each.
 
-    python benchmarks/rollback_fixtures.py [--rounds=3] [URL ...]
+    python -m benchmarks.rollback_fixtures [--rounds=3] [--tables=15,40] [URL ...]
 
 By default on an SQLite file, and on the PostgreSQL of REPOM_TEST_POSTGRES_URL. The two ways run
 the same tests in turns, in a pytest of their own. Printed is the time that pytest takes for
 them (set up, called, torn down), of each way the best of all rounds, and what one is of the
-other; beside it the same with the start of Python and all imports.
+other; beside it the same with the start of Python and all imports. Rolling back costs the same
+whatever the schema; making it anew costs more with each table, so there is a line for a small
+application and one for one of middle size.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 from sqlalchemy import make_url
 
 APP = '''
+import os
 from sqlalchemy import ForeignKey, String, select
 from sqlalchemy.orm import Mapped, mapped_column
 from repom.models import Base
@@ -40,7 +43,7 @@ def table(number):
         name: Mapped[str] = mapped_column(String(100))
     return Row
 
-TABLES = [table(number) for number in range(14)]
+TABLES = [table(number) for number in range(int(os.environ["TABLES"]) - 1)]
 '''
 
 TESTS = """
@@ -166,6 +169,10 @@ def db_test():
     database.dispose_sync()
 """
 
+# Only what the tests use: others that happen to be installed take their time in the first test
+# (Faker's makes all its providers there), which would be counted as that of a fixture.
+_PLUGINS = ("-p", "pytest_asyncio.plugin", "-p", "times", "-p", "no:cacheprovider")
+
 WAYS = {"rolled back": ROLLED_BACK, "made anew": MADE_ANEW}
 
 
@@ -174,24 +181,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("urls", nargs="*")
+    parser.add_argument("--tables", type=_numbers, default=[15, 40], metavar="N,...")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for url in given.urls or default_urls(folder):
-            shown = make_url(url).render_as_string()
-            print(f"{shown}: 195 tests, best of {given.rounds}")
-            best: dict[str, tuple[float, float]] = {}
-            for number in range(given.rounds):
-                for way, conftest in WAYS.items():
-                    here = Path(folder, f"{way.replace(' ', '_')}_{number}")
-                    here.mkdir(exist_ok=True)
-                    measured = run(here, conftest, url)
-                    best[way] = min(best.get(way, measured), measured)
-            for way, (tests, process) in best.items():
-                print(f"  {way:12} {tests:7.2f} s in the tests, {process:7.2f} s in all")
-            (fast, fast_process), (slow, slow_process) = (best[way] for way in WAYS)
-            print(
-                f"  {slow / fast:12.1f} times as fast, {slow_process / fast_process:.1f} in all\n"
-            )
+            for tables in given.tables:
+                compare(Path(folder), url, tables, given.rounds)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def compare(folder: Path, url: str, tables: int, rounds: int) -> None:
+    """Measure the two ways in turns, and print."""
+    shown = make_url(url).render_as_string()
+    print(f"{shown}: 195 tests, {tables} tables, best of {rounds}")
+    best: dict[str, tuple[float, float]] = {}
+    for number in range(rounds):
+        for way, conftest in WAYS.items():
+            here = folder / f"{way.replace(' ', '_')}_{number}"
+            here.mkdir(exist_ok=True)
+            measured = run(here, conftest, url, tables)
+            best[way] = min(best.get(way, measured), measured)
+    for way, (tests, process) in best.items():
+        print(f"  {way:12} {tests:7.2f} s in the tests, {process:7.2f} s in all")
+    (fast, fast_process), (slow, slow_process) = (best[way] for way in WAYS)
+    print(f"  {slow / fast:12.1f} times as fast, {slow_process / fast_process:.1f} in all\n")
 
 
 def default_urls(folder: str) -> list[str]:
@@ -203,7 +219,7 @@ def default_urls(folder: str) -> list[str]:
     return [f"sqlite:///{folder}/benchmark.db", postgres]
 
 
-def run(folder: Path, conftest: str, url: str) -> tuple[float, float]:
+def run(folder: Path, conftest: str, url: str, tables: int) -> tuple[float, float]:
     """Seconds in the tests, and of the whole process."""
     files = {"app": APP, "conftest": conftest, "test_app": TESTS, "times": TIMES}
     for name, text in files.items():
@@ -214,9 +230,15 @@ def run(folder: Path, conftest: str, url: str) -> tuple[float, float]:
     ensure(url)
     start = time.perf_counter()
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "times", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", "-q", *_PLUGINS],
         cwd=folder,
-        env={**os.environ, "REPOM_DATABASE_URL": url, "PYTHONPATH": f"{folder}:{os.getcwd()}"},
+        env={
+            **os.environ,
+            "REPOM_DATABASE_URL": url,
+            "PYTHONPATH": f"{folder}:{os.getcwd()}",
+            "TABLES": str(tables),
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        },
         capture_output=True,
         text=True,
     )

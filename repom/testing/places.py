@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import site
 import sys
@@ -59,9 +60,14 @@ def _suspended(coroutine: Any) -> Iterator[FrameType]:
 
 
 def _place(frame: FrameType) -> str:
-    path = Path(frame.f_code.co_filename)
-    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    return f"{shown}:{frame.f_lineno}"
+    return f"{_shown(frame.f_code.co_filename, os.getcwd())}:{frame.f_lineno}"
+
+
+@functools.cache
+def _shown(file: str, folder: str) -> Path:
+    """`file`, as seen from `folder` if it is in there."""
+    path = Path(file)
+    return path.relative_to(folder) if path.is_relative_to(folder) else path
 
 
 def _folder(module: object) -> str:
