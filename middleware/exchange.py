@@ -39,6 +39,13 @@ class Progress(Enum):
     OVER = 3  # the app has ended; what a task of it still sends is not sent
 
 
+REACHED_BY = {
+    Step.STARTS: Progress.STARTED,
+    Step.CONTINUES: Progress.STARTED,
+    Step.COMPLETES: Progress.COMPLETE,
+}
+
+
 class Exchange:
     """Runs the app for one request.
 
@@ -122,14 +129,16 @@ class Exchange:
     async def send(self, message: Message) -> None:
         """The `send` of the app."""
         turn = self._turn
-        if turn is None:
-            if not self._unit.has_work:
-                step = self._take(message)
-                if step is not Step.BEFORE:
-                    complete = step is Step.COMPLETES
-                    self._progress = Progress.COMPLETE if complete else Progress.STARTED
+        if not self._unit.has_work and (turn is None or self._is_settled(turn)):
+            step = self._take(message)
+            if step is not Step.BEFORE:
+                self._progress = REACHED_BY[step]
+            if self._committed:
+                await self._send_all(message)
+            else:
                 await self._send(message)
-                return
+            return
+        if turn is None:
             turn = self._turn = Turn()
         # Tasks of one request may send at the same time, and COMMIT takes a while: the messages
         # leave in the order in which they came.
@@ -138,12 +147,16 @@ class Exchange:
             due = await self._end_before(message)
         finally:
             turn.leave()
-        if self._committed and any(each["type"] == "http.response.start" for each in due):
+        if self._committed and due and due[0]["type"] == "http.response.start":
             # It tells of a COMMIT. Cancelled while the connection is congested, it would be lost,
             # and the server would answer with an error.
             await run_to_end(self._send_all(*due), limit=self._unit.end_timeout)
         else:
             await self._send_all(*due)
+
+    def _is_settled(self, turn: Turn) -> bool:
+        """Whether nothing that was ended, or is being ended, concerns the next message."""
+        return not turn.is_taken and self._held is None and self._failure is None
 
     async def _wait_for_sender(self) -> None:
         """Let a task that is about to answer do so, though the app that started it has ended.
@@ -188,7 +201,7 @@ class Exchange:
         if step is Step.BEFORE or step is Step.CONTINUES:
             # What comes while something is held is for a client that has nothing more to get.
             return () if self._held is not None else (message,)
-        reached = Progress.COMPLETE if step is Step.COMPLETES else Progress.STARTED
+        reached = REACHED_BY[step]
         if self._response.has_ended or not self._unit.has_open_cursor:
             await self._end_with(message, reached)
         elif step is Step.COMPLETES or self._response.has_no_body:

@@ -104,6 +104,8 @@ class Callbacks:
 
     def drop(self) -> int:
         """Forget all of them, those that are due too; how many there were."""
+        if self.is_empty:
+            return 0
         count = self.forget() + len(self._due)
         self._due.clear()
         return count
@@ -121,6 +123,24 @@ class Callbacks:
     def is_empty(self) -> bool:
         """Whether nothing is registered or due."""
         return not (self._due or self._on_commit or self._on_rollback)
+
+
+class _ToldByTheOwner(Callbacks):
+    """None: of a session that its owner is ending, who knows more than the session does."""
+
+    __slots__ = ()
+
+    def committed(self) -> None:
+        pass
+
+    def rolled_back(self) -> None:
+        pass
+
+    def savepoint_rolled_back(self, savepoint: SessionTransaction) -> None:
+        pass
+
+
+TOLD_BY_THE_OWNER = _ToldByTheOwner()
 
 
 def _register(callback: Callback, savepoint: SessionTransaction | None) -> _Registered:

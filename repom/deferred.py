@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from repom.errors import TransactionError
-from repom.shield import Limit
+from repom.limit import Limit
 
 logger = logging.getLogger("repom")
 

@@ -35,7 +35,7 @@ async def end(scope: SessionScope, *, commit: bool) -> None:
     """
     if commit and not scope.is_open:
         raise scope_closed()
-    if scope.is_used:
+    if scope.has_work:
         await _end_and_call(scope, commit, finishing=False)
 
 
@@ -62,7 +62,8 @@ async def finish(scope: SessionScope, *, commit: bool) -> None:
         return
     scope.refuse_work()
     try:
-        await _end_and_call(scope, commit, finishing=True)
+        if scope.has_work:
+            await _end_and_call(scope, commit, finishing=True)
     finally:
         try:
             # A sibling that was let in before may have begun something since.
@@ -165,10 +166,9 @@ def _closing_steps(scope: SessionScope) -> Steps:
 def _closed(scope: SessionScope) -> None:
     for participant in scope.participants:
         if participant.is_quiet:
-            participant.sync_session.end("close")  # no IO: it only lets the objects go
+            participant.let_go()
     scope.closed()
-    not_run = scope.callbacks.drop()
-    if not_run:
+    if not_run := scope.callbacks.drop():
         logger.warning(
             "%d callback(s) of %s were not run: it was cancelled after its transaction had ended",
             not_run,

@@ -29,7 +29,7 @@ from repom.beneath import (
     wait_for_deferred,
 )
 from repom.blocks import Visitor
-from repom.callbacks import Callbacks
+from repom.callbacks import TOLD_BY_THE_OWNER, Callbacks
 from repom.cursors import Cursors
 from repom.dialects.base import CLOSED_BY_COMMIT, aborted
 from repom.errors import InnerCommitError, TransactionError
@@ -101,7 +101,7 @@ class ManagedSession(Watching, Session):
         except asyncio.CancelledError as error:  # by the time limit, for nobody else can
             raise _waited_in_vain(self, how) from error
         # The owner tells the callbacks itself, once it knows how all its databases ended.
-        callbacks, self.repom_callbacks = self.repom_callbacks, Callbacks()
+        callbacks, self.repom_callbacks = self.repom_callbacks, TOLD_BY_THE_OWNER
         try:
             if commits and deferred.pending:
                 wait_for_deferred(self)

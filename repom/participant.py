@@ -44,12 +44,20 @@ class Participant:
     @property
     def in_transaction(self) -> bool:
         """Whether there is something to commit; Core and bulk statements count."""
-        return bool(self.sync_session.in_transaction())
+        return self.sync_session.in_transaction()  # type: ignore[no-any-return]
 
     @property
     def is_quiet(self) -> bool:
         """Whether nothing is open and nobody is at work, so that closing needs no IO."""
         return self.gate.is_free and not self.in_transaction
+
+    def let_go(self) -> None:
+        """Close the session when it is quiet: that is no IO, and only lets the objects go."""
+        session = self.sync_session
+        if session.repom_class.close is Session.close:
+            session.expunge_all()  # which is all that it would do
+        else:
+            session.end("close")
 
     async def perform(self, action: Action) -> None:
         """Do one step of the end, from the event loop."""
@@ -147,7 +155,7 @@ def _past_limit(step: Step, error: BaseException) -> TransactionError | None:
     if not (
         isinstance(error, asyncio.CancelledError)
         and isinstance(task, Ending)
-        and task.limit.is_over
+        and task.is_late
     ):
         return None
     if step.action == "commit":

@@ -19,40 +19,9 @@ from typing import Any, TypeVar
 import anyio
 
 from repom.errors import TransactionError
+from repom.limit import Limit
 
 T = TypeVar("T")
-
-#: Seconds between two attempts to cancel what is past its limit.
-_INSIST_EVERY = 1.0
-
-# The loop keeps a cancelled timer until its time has come, and with it what its context holds:
-# by default the unit of work.
-_NOTHING = Context()
-
-
-class Limit:
-    """Calls `cancel` when the time is over, and again until it is lifted.
-
-    Args:
-        seconds: from now on.
-    """
-
-    def __init__(self, seconds: float, cancel: Callable[[], object]) -> None:
-        self.is_over = False
-        self._cancel: Callable[[], object] | None = cancel
-        self._loop = asyncio.get_running_loop()
-        self._timer = self._loop.call_later(seconds, self._expire, context=_NOTHING)
-
-    def _expire(self) -> None:
-        self.is_over = True
-        self._timer = self._loop.call_later(_INSIST_EVERY, self._expire, context=_NOTHING)
-        if self._cancel is not None:
-            self._cancel()
-
-    def lift(self) -> None:
-        self._timer.cancel()
-        self._cancel = None  # whose object may lead back here
-
 
 class Ending:
     """An ending under way: what `asyncio.current_task()` is for the code that runs in it.
@@ -62,20 +31,19 @@ class Ending:
 
     Attributes:
         caller: that task.
-        limit: of its time.
+        limit: of its time, once it has to wait for something.
     """
 
-    def __init__(
-        self, coro: Coroutine[Any, Any, Any], caller: asyncio.Task[Any], limit: float
-    ) -> None:
+    limit: Limit | None = None
+    # These names anyio looks for.
+    _must_cancel = False
+    _fut_waiter: Future[Any] | None = None
+
+    def __init__(self, coro: Coroutine[Any, Any, Any], caller: asyncio.Task[Any]) -> None:
         self.caller = caller
-        self.limit = Limit(limit, self.cancel)
         self._coro = coro
         self._loop = caller.get_loop()
         self._cancels = 0
-        # These names anyio looks for.
-        self._must_cancel = False
-        self._fut_waiter: Future[Any] | None = None
 
     def step(self) -> Future[Any] | None:
         """Go on to the next thing to wait for; to none, if it only lets others go first.
@@ -105,8 +73,14 @@ class Ending:
 
     def over(self) -> None:
         """It has ended. What it raised has its frames, and they must not lead to its caller."""
-        self.limit.lift()
+        if self.limit is not None:
+            self.limit.lift()
         del self.caller
+
+    @property
+    def is_late(self) -> bool:
+        """Whether its time limit is over."""
+        return self.limit is not None and self.limit.is_over
 
     # --- what code asks of the task it runs in
 
@@ -196,13 +170,15 @@ async def run_to_end(coro: Coroutine[Any, Any, T], *, limit: float) -> T:
     assert caller is not None
     if isinstance(caller, Ending):
         return await coro  # inside another one, so nobody cancels it
-    ending = Ending(coro, caller, limit)
+    ending = Ending(coro, caller)
     cancelled: CancelledError | None = None
     result: Any = None
     try:
         try:
             while True:
                 future = ending.step()
+                if ending.limit is None:
+                    ending.limit = Limit(limit, ending.cancel)
                 if cancelled is None:
                     try:
                         await (asyncio.sleep(0) if future is None else _Waiting(future))
@@ -218,7 +194,7 @@ async def run_to_end(coro: Coroutine[Any, Any, T], *, limit: float) -> T:
                 raise cancelled from error
             raise
         except CancelledError as error:
-            if cancelled is None and ending.limit.is_over:
+            if cancelled is None and ending.is_late:
                 raise _too_late(limit) from error
             if cancelled is None:
                 raise

@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import pytest
 
-from repom import shield
+from repom import limit
 from repom.errors import TransactionError
 from repom.shield import Ending, acting_task, run_to_end
 from tests.support.cancelling import CANCELLING, Cancelling, cancelled_at, counted_turns
@@ -136,7 +136,7 @@ async def test_time_limit_cancels_the_ending() -> None:
         finally:
             task = asyncio.current_task()
             assert isinstance(task, Ending)
-            expired.append(task.limit.is_over)
+            expired.append(task.is_late)
 
     with pytest.raises(TransactionError, match=r"time limit of 0\.01 s"):
         await run_to_end(hang(), limit=0.01)
@@ -154,7 +154,7 @@ async def test_time_limit_of_an_ending_whose_caller_was_cancelled() -> None:
 
 async def test_time_limit_insists(monkeypatch: pytest.MonkeyPatch) -> None:
     """An ending whose next step hangs, too, is cancelled again."""
-    monkeypatch.setattr(shield, "_INSIST_EVERY", 0.01)
+    monkeypatch.setattr(limit, "_INSIST_EVERY", 0.01)
     cancelled = []
 
     async def hang() -> str:

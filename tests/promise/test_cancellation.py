@@ -701,7 +701,7 @@ async def test_cancelled_while_the_server_hangs(
     """In COMMIT or ROLLBACK: past `end_timeout` the connection is given up. Nobody is told of a
     success, nobody spins meanwhile, and the next request finds a connection."""
     pytest.importorskip(KINDS[name].module)
-    monkeypatch.setattr("repom.shield._INSIST_EVERY", LIMIT)  # drivers wait once more, politely
+    monkeypatch.setattr("repom.limit._INSIST_EVERY", LIMIT)  # drivers wait once more, politely
     url = request.getfixturevalue(KINDS[name].fixture)
     create_notes(url)
     async with FaultProxy(url) as proxy:
