@@ -130,7 +130,7 @@ class Exchange:
         """The `send` of the app."""
         turn = self._turn
         if not self._unit.has_work and (turn is None or self._is_settled(turn)):
-            step = self._take(message)
+            step = self._take(message, ends=False)
             if step is not Step.BEFORE:
                 self._progress = REACHED_BY[step]
             if self._committed:
@@ -167,8 +167,12 @@ class Exchange:
         if turn is not None and turn.is_taken:
             await run_to_end(_wait_for(turn), limit=self._unit.end_timeout)
 
-    def _take(self, message: Message) -> Step:
-        """Take the next message; raise if the client must not have it."""
+    def _take(self, message: Message, *, ends: bool) -> Step:
+        """Take the next message; raise if the client must not have it.
+
+        Args:
+            ends: whether there is anything that it may end.
+        """
         if self._progress is Progress.OVER:
             raise ScopeClosedError(
                 f"a task of {self._unit.label} sent {message['type']} after the application had "
@@ -181,7 +185,7 @@ class Exchange:
         try:
             if step is Step.STARTS:
                 self._commit = self._commit_on(self._response.status, self._asgi_scope)
-            if self._commit and self._unit.has_work:
+            if ends and self._commit:
                 self._response.check(message, step)
         except Exception:
             if step is Step.STARTS:  # it has not, for anybody
@@ -197,7 +201,7 @@ class Exchange:
         Returns:
             What is to leave now.
         """
-        step = self._take(message)
+        step = self._take(message, ends=self._unit.has_work)
         if step is Step.BEFORE or step is Step.CONTINUES:
             # What comes while something is held is for a client that has nothing more to get.
             return () if self._held is not None else (message,)

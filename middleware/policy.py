@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from operator import itemgetter
 from typing import Any
 from urllib.parse import quote
 
@@ -33,6 +34,8 @@ _PATH_CHARACTERS = "/:@!$&'()*+,;="
 # What a header has not in it (RFC 9110, sections 5.6.2 and 5.5).
 _NOT_IN_NAME = re.compile(rb"[^!#$%&'*+.^_`|~0-9A-Za-z-]")
 _NOT_IN_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+
+_name, _value = itemgetter(0), itemgetter(1)
 
 _CHUNKS = frozenset({"http.response.body", "http.response.zerocopysend"})
 
@@ -118,7 +121,7 @@ def check_start(status: int, headers: Headers) -> None:
         name = wrong[0] if isinstance(wrong, (tuple, list)) else wrong  # the value may be secret
         raise _invalid(f"its header {name!r} is no pair of bytes, or has a line break in it")
     lengths = {value.strip() for name, value in headers if name.lower() == b"content-length"}
-    if len(lengths) > 1 or not all(length.isdigit() for length in lengths):
+    if lengths and (len(lengths) > 1 or not min(lengths).isdigit()):
         raise _invalid(f"its Content-Length is {sorted(lengths)!r}, and not one number")
 
 
@@ -136,12 +139,12 @@ def check_length(message: Message, sent: float, announced: int | None) -> None:
 
 def _are_headers(headers: Collection[Any]) -> bool:
     try:
-        names = [name for name, _ in headers]
-        values = [value for _, value in headers]
         # All at once, which costs the least.
-        wrong = _NOT_IN_NAME.search(b"".join(names)) or _NOT_IN_VALUE.search(b"".join(values))
-        return all(names) and not wrong
-    except (TypeError, ValueError):
+        names, values = b"".join(map(_name, headers)), b"".join(map(_value, headers))
+        if _NOT_IN_NAME.search(names) or _NOT_IN_VALUE.search(values):
+            return False
+        return all(map(_name, headers)) and {2}.issuperset(map(len, headers))
+    except (TypeError, LookupError):
         return False
 
 

@@ -35,7 +35,7 @@ async def end(scope: SessionScope, *, commit: bool) -> None:
     """
     if commit and not scope.is_open:
         raise scope_closed()
-    if scope.has_work:
+    if scope.is_used:
         await _end_and_call(scope, commit, finishing=False)
 
 
@@ -43,6 +43,8 @@ async def _end_and_call(scope: SessionScope, commit: bool, *, finishing: bool) -
     try:
         if scope.in_transaction:
             await run_to_end(_end(scope, commit, finishing), limit=scope.end_timeout)
+        elif scope.callbacks.is_empty:
+            return
         else:
             _settle(scope, commit)
     except Exception:
@@ -62,8 +64,7 @@ async def finish(scope: SessionScope, *, commit: bool) -> None:
         return
     scope.refuse_work()
     try:
-        if scope.has_work:
-            await _end_and_call(scope, commit, finishing=True)
+        await _end_and_call(scope, commit, finishing=True)
     finally:
         try:
             # A sibling that was let in before may have begun something since.

@@ -1,8 +1,8 @@
 """Time limits of what is hardly ever late.
 
 `loop.call_later()` for each COMMIT would be a tenth of what repom adds to a request, and is taken
-back every time. So all limits of an event loop share a timer, which is set again only when it rings,
-or for who is due earlier.
+back every time. So all limits of an event loop share a timer, which is set again only when it
+rings, or for who is due earlier.
 """
 
 from __future__ import annotations
@@ -58,26 +58,30 @@ class Limit:
 
 
 class _Timer:
-    """Rings for the limits of one event loop, which it does not keep alive."""
+    """Rings for the limits of one event loop, which it does not keep alive.
 
-    __slots__ = ("_handle", "limits", "loop", "rings_at")
+    Attributes:
+        rings_at: when it rings next.
+    """
+
+    __slots__ = ("limits", "loop", "rings_at")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = weakref.ref(loop)
         self.limits: set[Limit] = set()
         self.rings_at = math.inf
-        self._handle: asyncio.TimerHandle | None = None
 
     def ring_at(self, when: float, loop: asyncio.AbstractEventLoop) -> None:
-        """Ring then, and not at another time."""
-        if self._handle is not None:
-            self._handle.cancel()
+        """Ring then, and not when it was to ring before."""
         self.rings_at = when
-        self._handle = loop.call_at(when, self._ring, context=_NOTHING)
+        # Its handle, to cancel it by, would keep the loop alive.
+        loop.call_at(when, self._ring, when, context=_NOTHING)
 
-    def _ring(self) -> None:
-        self._handle, self.rings_at = None, math.inf
+    def _ring(self, when: float) -> None:
+        if when != self.rings_at:
+            return
         loop = asyncio.get_running_loop()
+        self.rings_at = math.inf
         now = loop.time()
         for limit in [limit for limit in self.limits if limit.when <= now]:
             limit.expire(now)

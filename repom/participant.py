@@ -153,9 +153,7 @@ def _past_limit(step: Step, error: BaseException) -> TransactionError | None:
     """The error for a step that was cut off by the time limit of the end."""
     task = asyncio.current_task()
     if not (
-        isinstance(error, asyncio.CancelledError)
-        and isinstance(task, Ending)
-        and task.is_late
+        isinstance(error, asyncio.CancelledError) and isinstance(task, Ending) and task.is_late
     ):
         return None
     if step.action == "commit":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextvars import Token
 from enum import Enum
 from types import MappingProxyType
@@ -52,6 +52,7 @@ class SessionScope:
         parent: the scope inside which this one was opened, if any.
         is_sync: whether sync code ends it, which cannot await the end of an `AsyncSession`.
         is_used: whether it was ever asked for a session or a callback.
+        participants: what takes part in it, in the order in which it is to commit.
         attempt: how often the work was begun, this time included: more than 1 if it has lost a
             conflict and is repeated.
     """
@@ -59,6 +60,7 @@ class SessionScope:
     # Most requests need little of this, so it is made when it is needed.
     parent: Surroundings | None = None
     is_used = False
+    participants: tuple[Participant, ...] = ()
     _state = ScopeState.OPEN
     _rollback_only = False
     _callbacks: Callbacks | None = None
@@ -120,7 +122,7 @@ class SessionScope:
     @property
     def in_transaction(self) -> bool:
         """Whether something was begun that has not ended; a SELECT counts."""
-        for participant in self._participants.values():  # noqa: SIM110 - asked at every message
+        for participant in self.participants:  # noqa: SIM110 - asked at every message
             if participant.in_transaction:
                 return True
         return False
@@ -216,6 +218,7 @@ class SessionScope:
                 name = key if isinstance(key, str) else repr(key)
                 found = kind(name, database, self._begin, self._inner_commits, callbacks)
                 self._participants = {**self._participants, database: found}
+                self.participants = self._in_order()
         if not isinstance(found, kind):
             used, asked = "current_sync_session()", "current_session()"
             if kind is SyncParticipant:
@@ -237,9 +240,7 @@ class SessionScope:
 
     # --- for the owner: see `repom.finish`
 
-    @property
-    def participants(self) -> Collection[Participant]:
-        """What takes part in this unit of work, in the order in which it is to commit."""
+    def _in_order(self) -> tuple[Participant, ...]:
         opened = self._participants
         if len(opened) < 2:
             return tuple(opened.values())
@@ -254,14 +255,18 @@ class SessionScope:
     @property
     def is_quiet(self) -> bool:
         """Whether nothing is open and nobody is at work."""
-        return all(participant.is_quiet for participant in self.participants)
+        for participant in self.participants:  # noqa: SIM110 - as above
+            if not participant.is_quiet:
+                return False
+        return True
 
     @property
     def has_open_cursor(self) -> bool:
         """Whether a result may still be read from the database."""
-        return any(
-            participant.sync_session.repom_cursors.is_open for participant in self.participants
-        )
+        for participant in self.participants:
+            if participant.sync_session.repom_cursors.is_open:
+                return True
+        return False
 
     @property
     def turn(self) -> Turn:
@@ -297,7 +302,7 @@ class SessionScope:
         """Refuse new work from now on; what is in flight may finish."""
         with self._mutex:
             self._state = ScopeState.ENDING
-            for participant in self._participants.values():
+            for participant in self.participants:
                 participant.gate.closed = True
 
     def for_callback(self, *, is_sync: bool = False) -> SessionScope:
@@ -323,6 +328,7 @@ class SessionScope:
         self._state = ScopeState.CLOSED
         nothing: Mapping[Any, Any] = MappingProxyType({})
         self._participants = self._async_sessions = self._sync_sessions = nothing
+        self.participants = ()
 
     def _refuse_if_over(self) -> None:
         if self._state is not ScopeState.OPEN:

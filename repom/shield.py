@@ -23,6 +23,7 @@ from repom.limit import Limit
 
 T = TypeVar("T")
 
+
 class Ending:
     """An ending under way: what `asyncio.current_task()` is for the code that runs in it.
 
