@@ -214,7 +214,9 @@ class SessionScope:
             found = self._participants.get(database)
             if found is None:
                 name = key if isinstance(key, str) else repr(key)
-                found = kind(name, database, self._begin, self._inner_commits, callbacks)
+                found = kind(
+                    name, database, self._begin, self._inner_commits, callbacks, self.label
+                )
                 self._participants = {**self._participants, database: found}
         if not isinstance(found, kind):
             used, asked = "current_sync_session()", "current_session()"
