@@ -148,6 +148,21 @@ async def test_a_statement_that_would_make_it_writable(database: Database) -> No
             session.add(Note(text="a"))
 
 
+@both
+@pytest.mark.parametrize(
+    "option", [{"isolation_level": "SERIALIZABLE"}, {"postgresql_readonly": 0}]
+)
+async def test_options_of_a_connection(
+    database: Database, option: dict[str, object], read_only: ReadOnly
+) -> None:
+    """Those that would begin transactions, or let them write, are refused."""
+    async with session_scope(database, read_only=read_only) as session:
+        with pytest.raises(ReadOnlyError, match="snapshot"):
+            await session.connection(execution_options=option)
+        await session.connection(execution_options={"stream_results": True})
+    assert_nothing_open(database)
+
+
 # --- what is around it
 
 

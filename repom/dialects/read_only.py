@@ -113,6 +113,10 @@ class ReadOnly(Support):
         super().install(engine)
         self._dialect = engine.dialect
         self.install_savepoints(engine.dialect)
+        dialect: Any = engine.dialect
+        dialect.set_connection_execution_options = partial(
+            _set_options, dialect.set_connection_execution_options
+        )
         # Not by the arguments of `connect()`: an application may make its connections itself.
         event.listen(engine, "connect", self._hold)
 
@@ -222,6 +226,19 @@ class ReadOnly(Support):
             return read_only("this connection", error)
         reading.refused = error
         return read_only(reading.label, error)
+
+
+def _set_options(
+    set_options: Callable[..., None], connection: Connection, options: Mapping[str, Any]
+) -> None:
+    for option in ("isolation_level", "postgresql_readonly"):
+        if option in options:
+            raise ReadOnlyError(
+                f"the execution option {option}={options[option]!r} was given for a connection "
+                "that only reads (`read_only`), most of the time without any transaction.\n"
+                'For statements that see one state write `read_only="snapshot"`.'
+            )
+    set_options(connection, options)
 
 
 class ReadOnlyPostgreSQL(ReadOnly, PostgreSQL):
