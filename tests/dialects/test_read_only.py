@@ -195,6 +195,7 @@ async def test_connections_of_the_application_are_held_as_well(postgres_url: str
 
 async def test_an_engine_without_a_scope(driver: Driver) -> None:
     """A plain session on such an engine is refused, too; there is no unit of work to name."""
+    await run(driver, True, seen)  # on the same connection
     async with driver.work(BeginOptions(read_only=True)) as work:
         with pytest.raises(ReadOnlyError, match="this connection only reads"):
             await work.do(by_text)
@@ -320,6 +321,8 @@ async def test_a_block_around_a_stream(request: pytest.FixtureRequest, name: str
         def work(session: Session) -> list[int]:
             block = session.begin_nested()
             session.execute(select(Row).execution_options(yield_per=1)).all()
+            with pytest.raises(DBAPIError):
+                session.execute(text("select * from no_such_table"))
             block.rollback()
             return seen(session)
 
