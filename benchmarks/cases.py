@@ -185,10 +185,13 @@ async def instructions(url: str, database: str, effort: Effort) -> list[Row]:
     ]
     if effort.machine and machine.is_there():
         for hand, repom in zip(counted[::2], counted[1::2], strict=True):
-            case = hand.case.split()[1]
+            case = hand.case.removeprefix("instructions ")
+            by_hand, ours_of_case = cost.COMPARED
+            if case == cost.READ:
+                case, ours_of_case = "select", cost.READ_ONLY
             first, again, ours = [
                 await machine.instructions(python_of("repom"), contender, url, case)
-                for contender in (cost.COMPARED[0], *cost.COMPARED)
+                for contender in (by_hand, by_hand, ours_of_case)
             ]
             hand.values["machine"], repom.values["machine"] = first, ours
             repom.ratios["machine"] = exactly(ours / first)

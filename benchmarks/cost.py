@@ -33,6 +33,10 @@ COMPARED = (
 )
 CASES = ("nothing", "select", "insert")
 
+#: The same, but that its GET requests only read; what is written down of it is its `select`.
+READ_ONLY = next(found for found in CONTENDERS if found.name == "repom, read_only")
+READ = "select, read_only"
+
 STORED = Path(__file__).with_name("cost.json")
 
 #: Requests before anything is counted: caches are filled, and the pool has its connection.
@@ -106,7 +110,10 @@ async def costs(url: str) -> dict[str, dict[str, Cost]]:
             state = await stack.enter_async_context(started(app))
             for case in CASES:
                 found[case][contender.name] = await cost(app, case, state)
-    return found
+        app = READ_ONLY.app(url, {})
+        state = await stack.enter_async_context(started(app))
+        read = await cost(app, "select", state)
+    return {**found, READ: {HAND_WRITTEN: found["select"][HAND_WRITTEN], REPOM: read}}
 
 
 def where(cost: Cost, baseline: Cost) -> list[tuple[str, int]]:
@@ -169,7 +176,7 @@ async def main() -> None:
         for case, by in found.items():
             hand, repom = by[HAND_WRITTEN], by[REPOM]
             print(
-                f"{kind:10} {case:8} hand-written {hand.instructions:6.0f} instructions,"
+                f"{kind:10} {case:17} hand-written {hand.instructions:6.0f} instructions,"
                 f" {hand.turns:2.0f} turns; repom {repom.instructions:6.0f},"
                 f" {repom.turns:2.0f}; x{new[kind][case]['instructions']:.3f}"
             )

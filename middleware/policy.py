@@ -9,6 +9,7 @@ from operator import itemgetter
 from typing import Any
 from urllib.parse import quote
 
+from repom.database import ReadOnly
 from repom.errors import InvalidResponseError
 
 Scope = MutableMapping[str, Any]
@@ -21,6 +22,7 @@ AnyASGIApp = Callable[[Any, Any, Any], Awaitable[Any]]
 Headers = Collection[tuple[bytes, bytes]]
 
 CommitOn = Callable[[int, Scope], bool]
+ReadOnlyFor = Callable[[Scope], ReadOnly]
 
 #: Methods that promise not to change anything (RFC 9110, section 9.2.1).
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
@@ -48,6 +50,11 @@ def commits_on_success(status: int, asgi_scope: Scope) -> bool:
 def commits_on_2xx(status: int, asgi_scope: Scope) -> bool:
     """For those who want redirects rolled back, too."""
     return 200 <= status < 300
+
+
+def safe_methods(asgi_scope: Scope) -> bool:
+    """The usual rule for `read_only`: the methods that promise not to change anything only read."""
+    return asgi_scope["method"] in SAFE_METHODS
 
 
 def content_length(headers: Headers) -> int | None:

@@ -12,7 +12,7 @@ from sqlalchemy import URL
 from repom.config import RepomConfig
 from repom.context import Surroundings, surroundings
 from repom.current import Outside
-from repom.database import BeginOptions, Database
+from repom.database import BeginOptions, Database, ReadOnly, checked_read_only
 from repom.errors import ConfigurationError
 from repom.managed import InnerCommits
 from repom.middleware.exchange import Exchange
@@ -23,6 +23,7 @@ from repom.middleware.policy import (
     ASGIApp,
     CommitOn,
     Label,
+    ReadOnlyFor,
     Receive,
     Scope,
     Send,
@@ -54,12 +55,15 @@ class DatabaseSessionMiddleware:
         database: None for the configured default; a `Database`; a URL; the name of a
             configured database; or a mapping of names to databases, which commit in this order.
         commit_on: `commit_on(status, asgi_scope)` says whether a response commits.
+        read_only: `read_only(asgi_scope)` says whether a request only reads, see `session_scope`:
+            True, False or "snapshot"; or one of these for all requests. `safe_methods` is
+            ready-made.
         inner_commits: what `session.commit()` by other code means: "defer" (a flush; a later
             error undoes it), "allow", or "forbid".
         end_timeout: seconds that COMMIT or ROLLBACK may take before the connection is closed.
 
     Raises:
-        ValueError: `inner_commits` is none of the three words.
+        ValueError: `inner_commits` is none of the three words, or `read_only` none of its values.
 
     Example:
         >>> app = FastAPI()
@@ -76,6 +80,7 @@ class DatabaseSessionMiddleware:
         | None = None,
         *,
         commit_on: CommitOn = commits_on_success,
+        read_only: ReadOnly | ReadOnlyFor = False,
         inner_commits: InnerCommits = "defer",
         end_timeout: float = END_TIMEOUT,
     ) -> None:
@@ -85,6 +90,7 @@ class DatabaseSessionMiddleware:
             )
         self.app: ASGIApp = app
         self.commit_on = commit_on
+        self.read_only = read_only if callable(read_only) else checked_read_only(read_only)
         self.inner_commits: InnerCommits = inner_commits
         self.end_timeout = end_timeout
         self._given = database
@@ -125,15 +131,25 @@ class DatabaseSessionMiddleware:
                 scope.pop(SCOPE_KEY, None)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begin = _SAFE if scope["method"] in SAFE_METHODS else _UNSAFE
+        if self.read_only:
+            begin = self._reading(scope) or begin
         unit = SessionScope(
             self.databases,
             label=Label(scope),
-            begin=_SAFE if scope["method"] in SAFE_METHODS else _UNSAFE,
+            begin=begin,
             inner_commits=self.inner_commits,
             end_timeout=self.end_timeout,
         )
         scope[SCOPE_KEY] = unit
         await Exchange(unit, self.commit_on, scope, send).run(self.app, receive)
+
+    def _reading(self, scope: Scope) -> BeginOptions | None:
+        """How a request begins that only reads; None if it may write."""
+        read_only = self.read_only
+        if callable(read_only):
+            read_only = checked_read_only(read_only(scope))
+        return BeginOptions(read_only=read_only) if read_only else None
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -22,7 +22,8 @@ from repom import deferred
 from repom.blocks import Block
 from repom.context import surroundings
 from repom.cursors import Cursors
-from repom.errors import InnerCommitError
+from repom.dialects.read_only import makes_writable
+from repom.errors import InnerCommitError, ReadOnlyError
 from repom.gate import Gate, scope_closed
 from repom.lost_changes import doom, unwatch_clean, watch_clean
 
@@ -97,7 +98,7 @@ def _operation(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def operation(self: Any, *args: Any, **kwargs: Any) -> Any:
         if args:
-            _refuse_ending_by_hand(args[0])
+            _refuse_by_hand(self, args[0])
         return inside(self.repom_session, method, self, *args, **kwargs)
 
     return operation
@@ -153,9 +154,17 @@ def ends_by_hand(sql: str) -> bool:
     return _ENDS_BY_HAND.match(sql) is not None
 
 
-def _refuse_ending_by_hand(statement: Any) -> None:
+def _refuse_by_hand(connection: Any, statement: Any) -> None:
     sql = statement.text if isinstance(statement, TextClause) else statement
-    if isinstance(sql, str) and ends_by_hand(sql):
+    if not isinstance(sql, str):
+        return
+    if connection.repom_session.repom_reads_only and makes_writable(sql):
+        raise ReadOnlyError(
+            f"{connection.repom_session.repom_label} only reads (`read_only`), and {sql.strip()!r} "
+            "would let its connection write, and that of whoever gets it next.\n"
+            "Write in a unit of work of its own: `async with session_scope() as session:`."
+        )
+    if ends_by_hand(sql):
         raise InnerCommitError(
             f"{sql.strip()!r} was executed, which would end the transaction behind the back of "
             "its owner.\nWrite `await session.rollback()`, `await current_scope().commit()`, or "

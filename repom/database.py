@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any, Generic, NamedTuple, Protocol
+from typing import Any, Generic, Literal, NamedTuple, Protocol
 
 from sqlalchemy import URL, Engine, MetaData, create_engine
 from sqlalchemy.ext.asyncio import (
@@ -21,6 +21,7 @@ from typing_extensions import TypeVar
 
 from repom.config import RepomConfig, get_config
 from repom.dialects import Begin, Support, support_for
+from repom.dialects.read_only import snapshot_engine
 from repom.dialects.sqlite import (
     immediate_engine,
     is_sqlite,
@@ -45,16 +46,34 @@ SESSION_DEFAULTS: Mapping[str, Any] = {
 }
 
 
+#: Whether a unit of work only reads; "snapshot": and all its statements see one state.
+ReadOnly = bool | Literal["snapshot"]
+
+
+def checked_read_only(value: ReadOnly) -> ReadOnly:
+    """`value`, if it is one.
+
+    Raises:
+        ValueError: it is not; a misspelt one must not be taken for another.
+    """
+    if value is True or value is False or value == "snapshot":
+        return value
+    raise ValueError(f'read_only={value!r}: write True, False or "snapshot"')
+
+
 class BeginOptions(NamedTuple):
     """How the transactions of a session begin.
 
     Attributes:
         sqlite_begin: "IMMEDIATE" or "DEFERRED"; other databases do not look at it.
         isolation_level: SQLAlchemy's name of it, or None for the server's default.
+        read_only: whether on connections that the database holds read-only; alone or with
+            "DEFERRED".
     """
 
     sqlite_begin: Begin = "DEFERRED"
     isolation_level: str | None = None
+    read_only: ReadOnly = False
 
 
 class Engines(Protocol):
@@ -115,6 +134,9 @@ class Database(Generic[AsyncSessionT, SessionT]):
         self.sqlite_begin: Begin | None = sqlite_begin
         self.pgbouncer = pgbouncer
         self.is_sqlite = is_sqlite(self.url)
+        #: The same database, read-only, once that was used; this one may be it itself.
+        self._reading: Database | None = None
+        self._holds_read_only = False
         #: In tests, whose engines are used in place of its own.
         self.stand_in: Engines | None = None
         self._async_engines = LoopEngines(
@@ -160,6 +182,16 @@ class Database(Generic[AsyncSessionT, SessionT]):
             pgbouncer=self.pgbouncer,
         )
 
+    def for_reading(self) -> Database:
+        """The same by connections that the database holds read-only, with pools of their own."""
+        with self._mutex:
+            if self._reading is None:
+                self._reading = reading = self.at(self.url)
+                reading.url, reading._memory_safe_url = self.url, self._memory_safe_url
+                reading.sqlite_begin = None
+                reading._holds_read_only = True
+            return self._reading
+
     def __repr__(self) -> str:
         return f"<Database {safe(self.url)}>"
 
@@ -197,6 +229,8 @@ class Database(Generic[AsyncSessionT, SessionT]):
             return self.stand_in.async_bind(options)
         here = self._async_engines.here()
         bind = here.variants.get(options)
+        if bind is None and options.read_only and not self._holds_read_only:
+            bind = here.variants[options] = self.for_reading().async_bind(options)
         if bind is None:
             sync_engine = here.engine.sync_engine
             variant = self._variant(sync_engine, options)
@@ -211,7 +245,11 @@ class Database(Generic[AsyncSessionT, SessionT]):
         bind = self._sync_variants.get(options)
         if bind is None:
             with self._mutex:  # or a `dispose()` meanwhile would leave us an engine it has ended
-                bind = self._sync_variants[options] = self._variant(self.engine, options)
+                if options.read_only and not self._holds_read_only:
+                    bind = self.for_reading().sync_bind(options)
+                else:
+                    bind = self._variant(self.engine, options)
+                self._sync_variants[options] = bind
         return bind
 
     # --- sessions
@@ -282,6 +320,8 @@ class Database(Generic[AsyncSessionT, SessionT]):
             await self.stand_in.dispose()
         try:
             await self._async_engines.dispose()
+            if self._reading is not None:
+                await self._reading.dispose()
         finally:
             self.dispose_sync()
 
@@ -292,6 +332,8 @@ class Database(Generic[AsyncSessionT, SessionT]):
         with self._mutex:
             engine, self._sync_engine = self._sync_engine, None
             self._sync_variants.clear()
+        if self._reading is not None:
+            self._reading.dispose_sync()
         if engine is not None:
             close_returned(engine)
             engine.dispose()
@@ -319,6 +361,8 @@ class Database(Generic[AsyncSessionT, SessionT]):
     def _variant(self, engine: Engine, options: BeginOptions) -> Engine:
         """`engine`, or one with the same pool whose transactions begin as `options` say."""
         engine = self.beginning(engine, options)
+        if options.read_only == "snapshot":
+            engine = snapshot_engine(engine)
         if self.is_sqlite and options.isolation_level != "AUTOCOMMIT":
             begin = self.sqlite_begin or options.sqlite_begin
             if begin == "IMMEDIATE" or self._memory_safe_url is not self.url:
@@ -366,6 +410,7 @@ class Database(Generic[AsyncSessionT, SessionT]):
             is_async=is_async,
             sqlite_begin=self.sqlite_begin,
             pgbouncer=self.pgbouncer,
+            read_only=self._holds_read_only,
         )
 
     def _create_kwargs(self, support: Support, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -78,6 +78,13 @@ class InnerCommitError(ScopeError):
     """
 
 
+class ReadOnlyError(ScopeError):
+    """A unit of work that was opened with `read_only` tried to write, and nothing was written.
+
+    The refusal of the database is the `__cause__`.
+    """
+
+
 class InvalidResponseError(ScopeError):
     """The application's response breaks a rule of ASGI or HTTP, found before COMMIT."""
 

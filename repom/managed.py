@@ -70,6 +70,8 @@ class ManagedSession(Watching, Session):
         repom_callbacks: told of the ends that the owner has not asked for: of savepoints, and
             of the transaction by `rollback()` and inner commits.
         repom_cursors: the results that may still be read from the database.
+        repom_label: what the unit of work is, for messages.
+        repom_reads_only: whether the database holds its connection read-only.
         repom_committed: the transaction or savepoint that is about to end, if by a commit.
         repom_abandoned: whether the end could not wait any longer for the task that is inside.
         repom_class: the class of the application.
@@ -79,6 +81,8 @@ class ManagedSession(Watching, Session):
     repom_inner_commits: InnerCommits
     repom_callbacks: Callbacks
     repom_cursors: Cursors
+    repom_label: object
+    repom_reads_only = False
     repom_committed: SessionTransaction | None = None
     repom_abandoned = False
     repom_class: type[Session] = Session

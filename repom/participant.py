@@ -20,7 +20,8 @@ from repom.database import BeginOptions, Database
 from repom.ending import Action, Step, Steps
 from repom.errors import CommitOutcomeUnknown, TransactionError
 from repom.gate import Gate, TaskGate, ThreadGate
-from repom.managed import InnerCommits, managed_class
+from repom.managed import InnerCommits, ManagedSession, managed_class
+from repom.read_only import read_only_class
 from repom.shield import Ending
 
 # Of their own: on the endpoints' limiter, endpoints that wait for a pooled connection would
@@ -68,12 +69,19 @@ class Participant:
     async def _perform(self, action: Action) -> None:
         raise NotImplementedError  # pragma: no cover - each kind has its own
 
-    def _manage(self, gate: Gate, inner_commits: InnerCommits, callbacks: Callbacks) -> None:
+    def _manage(
+        self, gate: Gate, inner_commits: InnerCommits, callbacks: Callbacks, label: object
+    ) -> None:
         self.gate = gate
         self.sync_session.repom_gate = gate
         self.sync_session.repom_inner_commits = inner_commits
         self.sync_session.repom_callbacks = callbacks
         self.sync_session.repom_cursors = Cursors()
+        self.sync_session.repom_label = label
+
+
+def _class_for(base: type[Session], begin: BeginOptions) -> type[ManagedSession]:
+    return read_only_class(base) if begin.read_only else managed_class(base)
 
 
 class AsyncParticipant(Participant):
@@ -86,15 +94,17 @@ class AsyncParticipant(Participant):
         begin: BeginOptions,
         inner_commits: InnerCommits,
         callbacks: Callbacks,
+        label: object,
     ) -> None:
         self.name = name
         kwargs = database.session_kwargs
         session_class = database.session_class
         base = kwargs.get("sync_session_class") or session_class.sync_session_class
-        kwargs = {**kwargs, "sync_session_class": managed_class(base)}
+        managed = _class_for(base, begin)
+        kwargs = {**kwargs, "sync_session_class": managed}
         self.session: AsyncSession = session_class(database.async_bind(begin), **kwargs)
         self.sync_session = self.session.sync_session
-        self._manage(TaskGate(), inner_commits, callbacks)
+        self._manage(TaskGate(), inner_commits, callbacks, label)
 
     async def _perform(self, action: Action) -> None:
         await greenlet_spawn(self.sync_session.end, action)
@@ -110,13 +120,15 @@ class SyncParticipant(Participant):
         begin: BeginOptions,
         inner_commits: InnerCommits,
         callbacks: Callbacks,
+        label: object,
     ) -> None:
         self.name = name
-        managed = managed_class(database.sync_session_class)
+        base = database.sync_session_class
+        managed = _class_for(base, begin)
         self.session: Session = managed(database.sync_bind(begin), **database.session_kwargs)
         self.sync_session = self.session
         self._abandoned = False
-        self._manage(ThreadGate(), inner_commits, callbacks)
+        self._manage(ThreadGate(), inner_commits, callbacks, label)
 
     async def _perform(self, action: Action) -> None:
         if self._abandoned:

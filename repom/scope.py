@@ -216,7 +216,9 @@ class SessionScope:
             found = self._participants.get(database)
             if found is None:
                 name = key if isinstance(key, str) else repr(key)
-                found = kind(name, database, self._begin, self._inner_commits, callbacks)
+                found = kind(
+                    name, database, self._begin, self._inner_commits, callbacks, self.label
+                )
                 self._participants = {**self._participants, database: found}
                 self.participants = self._in_order()
         if not isinstance(found, kind):

@@ -17,7 +17,14 @@ from typing import Any, TypeVar
 from repom import finish
 from repom.conflicts import is_conflict
 from repom.current import databases_here
-from repom.database import AsyncSessionT, BeginOptions, Database, SessionT
+from repom.database import (
+    AsyncSessionT,
+    BeginOptions,
+    Database,
+    ReadOnly,
+    SessionT,
+    checked_read_only,
+)
 from repom.deferred import raise_failure
 from repom.dialects import Begin
 from repom.managed import InnerCommits
@@ -34,16 +41,20 @@ def new_scope(
     inner_commits: InnerCommits = "defer",
     end_timeout: float = END_TIMEOUT,
     sqlite_begin: Begin = "IMMEDIATE",
+    read_only: ReadOnly = False,
     label: object = "session_scope()",
     is_sync: bool = False,
     attempt: int = 1,
 ) -> SessionScope:
     """A scope for the databases known here, not yet entered; see `session_scope`."""
     raise_failure()
+    begin = BeginOptions(sqlite_begin, isolation_level)
+    if read_only:
+        begin = _read_only_begin(read_only, isolation_level)
     return SessionScope(
         databases_here().overlaid(database),
         label=label,
-        begin=BeginOptions(sqlite_begin, isolation_level),
+        begin=begin,
         inner_commits=inner_commits,
         end_timeout=end_timeout,
         is_sync=is_sync,
@@ -51,9 +62,20 @@ def new_scope(
     )
 
 
+def _read_only_begin(read_only: ReadOnly, isolation_level: str | None) -> BeginOptions:
+    if isolation_level is not None:
+        raise ValueError(
+            f"read_only={read_only!r} with isolation_level={isolation_level!r}: what only reads "
+            'has no transaction, and with "snapshot" one of REPEATABLE READ.\n'
+            "Leave one of the two out."
+        )
+    return BeginOptions(read_only=checked_read_only(read_only))
+
+
 def session_scope(
     database: str | Database[AsyncSessionT, Any] | None = None,
     *,
+    read_only: ReadOnly = False,
     isolation_level: str | None = None,
     inner_commits: InnerCommits = "defer",
     end_timeout: float = END_TIMEOUT,
@@ -67,6 +89,9 @@ def session_scope(
 
     Args:
         database: the one that `current_session()` means inside; a name, or the `Database`.
+        read_only: True for a block that only reads: on a connection that the database holds
+            read-only, each statement by itself, without BEGIN and COMMIT. "snapshot" for
+            statements that are to see one state of the database.
         isolation_level: SQLAlchemy's name of one, such as "SERIALIZABLE".
         inner_commits: what `session.commit()` by code inside means: "defer" (a flush; the
             block commits), "allow", or "forbid".
@@ -76,6 +101,8 @@ def session_scope(
     Raises:
         Exception: what COMMIT raised; nothing was committed then.
         CommitOutcomeUnknown: the connection was lost while COMMIT was in flight.
+        ReadOnlyError: a block that only reads has tried to write; at the latest when it is left.
+        ValueError: `read_only` is none of the three, or there is an `isolation_level` beside it.
 
     Example:
         >>> async def nightly() -> None:
@@ -86,6 +113,7 @@ def session_scope(
         functools.partial(
             new_scope,
             database,
+            read_only=read_only,
             isolation_level=isolation_level,
             inner_commits=inner_commits,
             end_timeout=end_timeout,
@@ -112,6 +140,7 @@ async def _inside(make: Callable[[], SessionScope]) -> AsyncIterator[Any]:
 def sync_session_scope(
     database: str | Database[Any, SessionT] | None = None,
     *,
+    read_only: ReadOnly = False,
     isolation_level: str | None = None,
     inner_commits: InnerCommits = "defer",
     sqlite_begin: Begin = "IMMEDIATE",
@@ -126,6 +155,7 @@ def sync_session_scope(
         functools.partial(
             new_scope,
             database,
+            read_only=read_only,
             isolation_level=isolation_level,
             inner_commits=inner_commits,
             sqlite_begin=sqlite_begin,

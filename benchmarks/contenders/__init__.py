@@ -42,6 +42,8 @@ CONTENDERS = [
     for name, environment, host, build in (
         ("repom", "repom", "asgi", "with_repom:asgi"),
         ("repom", "repom", "fastapi", "with_repom:fastapi"),
+        ("repom, read_only", "repom", "asgi", "with_repom:asgi_read_only"),
+        ("repom, read_only", "repom", "fastapi", "with_repom:fastapi_read_only"),
         ("repom, Depends", "repom", "fastapi", "with_repom_depends:fastapi"),
         ("FastAPI's Depends", "repom", "fastapi", "fastapi_depends:fastapi"),
         (

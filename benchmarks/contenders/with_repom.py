@@ -5,7 +5,7 @@ from typing import Any
 from benchmarks import hosts, work
 from benchmarks.work import Answer
 from repom import Database, current_session
-from repom.middleware import DatabaseSessionMiddleware
+from repom.middleware import DatabaseSessionMiddleware, safe_methods
 
 
 async def nothing(key: int) -> Answer:
@@ -43,5 +43,23 @@ def fastapi(url: str, engine_kwargs: dict[str, Any]) -> hosts.ASGIApp:
     """In FastAPI."""
     fastapi = hosts.fastapi(ENDPOINTS)
     fastapi.add_middleware(DatabaseSessionMiddleware, Database(url, engine_kwargs=engine_kwargs))
+    app: hosts.ASGIApp = fastapi
+    return app
+
+
+def asgi_read_only(url: str, engine_kwargs: dict[str, Any]) -> hosts.ASGIApp:
+    """The same, whose GET requests only read."""
+    database = Database(url, engine_kwargs=engine_kwargs)
+    return DatabaseSessionMiddleware(hosts.bare(ENDPOINTS), database, read_only=safe_methods)
+
+
+def fastapi_read_only(url: str, engine_kwargs: dict[str, Any]) -> hosts.ASGIApp:
+    """In FastAPI."""
+    fastapi = hosts.fastapi(ENDPOINTS)
+    fastapi.add_middleware(
+        DatabaseSessionMiddleware,
+        Database(url, engine_kwargs=engine_kwargs),
+        read_only=safe_methods,
+    )
     app: hosts.ASGIApp = fastapi
     return app

@@ -21,6 +21,13 @@ _COMMITS_ON_MYSQL = re.compile(
 )
 
 
+_WRITES_ON_MYSQL = re.compile(
+    r"\s*(?:INSERT|UPDATE|DELETE|REPLACE|LOAD|TRUNCATE|CREATE|ALTER|DROP|RENAME"
+    r"|SELECT\b.*\bFOR\s+UPDATE)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
 class Backend:
     """The connection of the tests, on a database of which nothing more is known.
 
@@ -86,6 +93,19 @@ class Backend:
         """Whether `sql` would commit all that the test has done."""
         return False
 
+    def refuse_writes(self) -> None:
+        """Let the database refuse what would write, until the savepoint or `allow_writes`."""
+
+    def allow_writes(self) -> None:
+        """The statement that only reads has been executed."""
+
+    def check_reads(self, sql: str) -> None:
+        """Refuse `sql` as the database would, if that cannot do so itself in a transaction.
+
+        Raises:
+            Exception: of the driver; it would write.
+        """
+
     def seen(self, sql: str) -> None:
         """`sql` has been executed for the code under test."""
         if _DDL.match(sql):
@@ -117,6 +137,9 @@ class PostgreSQL(Backend):
 
     def aborts(self, error: BaseException) -> bool:
         return sqlstate(error) is not None
+
+    def refuse_writes(self) -> None:
+        self.execute("SET TRANSACTION READ ONLY")  # ends with the savepoint
 
     def release_locks(self) -> None:
         self.execute("SELECT pg_advisory_unlock_all()")
@@ -167,6 +190,12 @@ class SQLite(Backend):
         if deferred_once:
             self.execute("PRAGMA defer_foreign_keys = OFF")
 
+    def refuse_writes(self) -> None:
+        self.execute("PRAGMA query_only = ON")
+
+    def allow_writes(self) -> None:
+        self.execute("PRAGMA query_only = OFF")
+
     def is_lost(self, error: Exception) -> bool:
         # INSERT OR ROLLBACK, a full disk and others end the whole transaction.
         try:
@@ -189,6 +218,14 @@ class MySQL(Backend):
 
     def commits(self, sql: str) -> bool:
         return _COMMITS_ON_MYSQL.match(sql) is not None
+
+    def check_reads(self, sql: str) -> None:
+        # The server does so for whole transactions only, and that of the test may write.
+        if _WRITES_ON_MYSQL.match(sql):
+            dbapi: Any = self._connection.dialect.dbapi
+            raise dbapi.OperationalError(
+                1792, "Cannot execute statement in a READ ONLY transaction"
+            )
 
     def release_locks(self) -> None:
         self.execute("DO RELEASE_ALL_LOCKS()")

@@ -122,6 +122,8 @@ class SharedConnection(RemoteConnection):
         driver_connection: the one that is shared.
         place: where this one was opened.
         is_of_the_test: whether it is of the test's own session.
+        reads_only: whether each of its statements is to be refused if it writes, and is a unit
+            of its own.
         on_close: called when it is closed, by its user or by the garbage collector.
     """
 
@@ -132,11 +134,13 @@ class SharedConnection(RemoteConnection):
         *,
         place: str,
         is_of_the_test: bool,
+        reads_only: bool,
         on_close: OnClose,
     ) -> None:
         super().__init__(turns.backend.real, driver_connection, turns.portal)
         self.place = place
         self.is_of_the_test = is_of_the_test
+        self.autocommit = self._reads_only = reads_only
         self._turns = turns
         self._on_close = on_close
         self._number = next(_numbers)
@@ -147,7 +151,9 @@ class SharedConnection(RemoteConnection):
     def unit(self) -> Unit:
         """The transaction that is open, or a new one."""
         if self._unit is None:
-            self._unit = Unit(self.place, is_of_the_test=self.is_of_the_test)
+            self._unit = Unit(
+                self.place, is_of_the_test=self.is_of_the_test, reads_only=self._reads_only
+            )
         return self._unit
 
     def begin(self, place_in_line: Callable[[], Ticket | None]) -> None:
@@ -159,6 +165,8 @@ class SharedConnection(RemoteConnection):
 
     def perform(self, sql: str, function: Callable[..., T], *args: Any) -> T:
         self._refuse_ending(sql)
+        if self._reads_only:
+            self._turns.backend.check_reads(sql)
         result: T = self._turns.execute(self.unit, function, *args, sql=sql)
         self._turns.backend.seen(sql)
         return result

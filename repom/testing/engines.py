@@ -12,6 +12,7 @@ from sqlalchemy.pool import NullPool, PoolProxiedConnection
 from sqlalchemy.util.concurrency import in_greenlet
 
 from repom.dialects import Support
+from repom.dialects.read_only import ReadOnly
 from repom.testing.connections import RemoteConnection
 
 
@@ -22,7 +23,7 @@ def remote_engine(
 
     Args:
         real: has connected once, so that its dialect knows the server.
-        support: which has installed itself in `real`.
+        support: of its dialect; a `ReadOnly` for connections that only read.
         connect: makes a connection.
     """
     dialect = _remote(real.dialect, support)
@@ -60,6 +61,8 @@ def _remote(real: Any, support: Support) -> Any:
     dialect.get_driver_connection = attrgetter("driver_connection")
     dialect.set_isolation_level = RemoteConnection.set_isolation_level
     dialect.reset_isolation_level = RemoteConnection.reset_isolation_level
+    if isinstance(support, ReadOnly):
+        support.install_savepoints(dialect)
     return dialect
 
 

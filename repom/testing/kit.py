@@ -201,7 +201,11 @@ class Kit:
     # --- connections
 
     def _connect(self) -> RemoteConnection:
-        return self._shared_connection(is_of_the_test=False) or self._own_connection()
+        return self._shared_connection() or self._own_connection(self._real)
+
+    def _connect_reading(self) -> RemoteConnection:
+        shared = self._shared_connection(reads_only=True)
+        return shared or self._own_connection(self._new_engine(self.home.for_reading()))
 
     def _connect_session(self) -> RemoteConnection:
         connection = self._shared_connection(is_of_the_test=True)
@@ -209,7 +213,9 @@ class Kit:
             raise SharedConnectionError("this session belongs to a test that has ended.")
         return connection
 
-    def _shared_connection(self, *, is_of_the_test: bool) -> SharedConnection | None:
+    def _shared_connection(
+        self, *, is_of_the_test: bool = False, reads_only: bool = False
+    ) -> SharedConnection | None:
         if self._turns is None or self._base is None:
             return None
         connection = SharedConnection(
@@ -217,13 +223,14 @@ class Kit:
             self._portal.bound(self._base.connection.driver_connection),
             place=place_here(),
             is_of_the_test=is_of_the_test,
+            reads_only=reads_only,
             on_close=self._closed,
         )
         self._open.append(connection)
         return connection
 
-    def _own_connection(self) -> OwnConnection:
-        return OwnConnection(self._portal.call(self._real.connect), self._portal)
+    def _own_connection(self, engine: Engine) -> OwnConnection:
+        return OwnConnection(self._portal.call(engine.connect), self._portal)
 
     def _closed(self, connection: SharedConnection, *, by_collector: bool) -> None:
         if connection in self._open:
@@ -250,10 +257,16 @@ class Kit:
 
     def _variant(self, options: BeginOptions) -> Engine:
         # One transaction has one isolation level.
-        options = options._replace(isolation_level=None)
+        options = options._replace(isolation_level=None, read_only=bool(options.read_only))
         if options not in self._variants:
-            self._variants[options] = self.home.beginning(self.engine, options)
+            engine = self._reading_engine() if options.read_only else self.engine
+            self._variants[options] = self.home.beginning(engine, options)
         return self._variants[options]
+
+    def _reading_engine(self) -> Engine:
+        reading = self.home.for_reading()
+        support = reading.async_support() if self.is_async else reading.sync_support()
+        return remote_engine(self._real, support, self._connect_reading)
 
     def check(self) -> None:
         """The database is there, as the fixtures know."""

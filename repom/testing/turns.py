@@ -200,6 +200,8 @@ class Turns:
         *args: Any,
     ) -> T:
         try:
+            if unit.reads_only:
+                self.backend.refuse_writes()
             if cancellation is not None:
                 cancellation.allowed = True
             return function(*args)
@@ -210,6 +212,8 @@ class Turns:
         finally:
             if cancellation is not None:
                 cancellation.allowed = False
+            if unit.reads_only:
+                self.backend.allow_writes()
 
     def _commit(self, unit: Unit, cancellation: Cancellation | None) -> None:
         stack = self._stack

@@ -31,6 +31,7 @@ class Unit:
     Attributes:
         place: where its connection was opened.
         is_of_the_test: of the test's own session.
+        reads_only: of a unit of work with `read_only`: the database refuses its writes.
         savepoint: its name, while it is on the stack.
         own_savepoints: those that its code has begun, innermost last.
         has_written: a statement of it may have changed something.
@@ -41,9 +42,12 @@ class Unit:
         worked_inside: places of outer units that have gone on while this one was on top.
     """
 
-    def __init__(self, place: str, *, is_of_the_test: bool = False) -> None:
+    def __init__(
+        self, place: str, *, is_of_the_test: bool = False, reads_only: bool = False
+    ) -> None:
         self.place = place
         self.is_of_the_test = is_of_the_test
+        self.reads_only = reads_only
         self.savepoint: str | None = None
         self.own_savepoints: list[str] = []
         self.has_written = False

@@ -9,12 +9,20 @@ from benchmarks.statistics import Ratio
 NULL = Ratio(1.0, 0.99, 1.01)
 
 
-def verdict(case: str, hand: float, repom: float, null: Ratio = NULL) -> str:
+def verdict(
+    case: str,
+    hand: float,
+    repom: float,
+    null: Ratio = NULL,
+    *,
+    database: str = "sqlite",
+    name: str = "repom",
+) -> str:
     """What the last column says when repom takes `repom` seconds."""
     rows = [
         Row(
             case,
-            "sqlite",
+            database,
             "asgi",
             "repom",
             contender,
@@ -22,7 +30,7 @@ def verdict(case: str, hand: float, repom: float, null: Ratio = NULL) -> str:
             ratios=dict.fromkeys(("cpu", "wall"), Ratio(value / hand, value / hand, value / hand)),
             null={"cpu": null, "wall": null},
         )
-        for contender, value in (("hand-written", hand), ("repom", repom))
+        for contender, value in (("hand-written", hand), (name, repom))
     ]
     line = budget.table(Results({}, {}, rows))[-2]
     return line.split("|")[-2].strip()
@@ -50,6 +58,16 @@ def test_a_ratio_is_held_against_its_budget(ratio: float, says: str) -> None:
 def test_without_a_database_microseconds_count(more: float, says: str) -> None:
     """The bare application is so cheap that no ratio to it would mean anything."""
     assert verdict("nothing", 4e-6, 4e-6 + more) == says
+
+
+@pytest.mark.parametrize(
+    ("ratio", "says"), [(0.65, "aim reached"), (0.75, "met"), (0.9, "**too much**")]
+)
+def test_a_select_of_requests_that_only_read(ratio: float, says: str) -> None:
+    """It has a budget of its own, where it saves round trips; without one nothing is said."""
+    found = verdict("select", 1e-3, ratio * 1e-3, database="postgresql", name="repom, read_only")
+
+    assert found == says
 
 
 def test_a_noisy_run_decides_nothing() -> None:

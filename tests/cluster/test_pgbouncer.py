@@ -4,13 +4,19 @@ What a driver has prepared on one of them is missing on the next, and what two c
 prepared under one name collides.
 """
 
+import asyncio
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
+from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
+from repom import Database, session_scope
+from repom.database import ReadOnly
+from repom.errors import ReadOnlyError
 from tests.cluster.conftest import Cluster
 from tests.support.reader import execute, rows
 
@@ -59,3 +65,32 @@ def test_two_clients_at_once(pgbouncer: Cluster, postgres_url: str, driver: str)
     errors = [json.loads(client.communicate(timeout=100)[0]) for client in clients]
     assert errors == [{}, {}]
     assert rows(postgres_url, "SELECT count(*) FROM item") == [(2 * TRANSACTIONS,)]
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_units_of_work_that_only_read(
+    pgbouncer: Cluster, postgres_url: str, driver: str
+) -> None:
+    """They share the connections of the server with those that write, and no setting passes from
+    the one kind to the other: every write of the first is refused, and none of the others."""
+    execute(postgres_url, "CREATE TABLE item (id INTEGER PRIMARY KEY)")
+    url = make_url(pgbouncer.urls()["REPOM_PGBOUNCER_URL"]).set(drivername=f"postgresql+{driver}")
+    database = Database(url, pgbouncer=True, engine_kwargs={"pool_size": AT_ONCE})
+
+    async def insert(id_: int, read_only: ReadOnly) -> None:
+        async with session_scope(database, read_only=read_only) as session:
+            await session.execute(text("SELECT count(*) FROM item"))
+            await session.execute(text("INSERT INTO item VALUES (:id)"), {"id": id_})
+
+    async def work(ids: Iterator[int]) -> None:
+        for id_ in ids:
+            await insert(2 * id_, False)
+            with pytest.raises(ReadOnlyError):
+                await insert(2 * id_ + 1, True)
+            with pytest.raises(ReadOnlyError):
+                await insert(2 * id_ + 1, "snapshot")
+
+    ids = iter(range(TRANSACTIONS // 5))
+    await asyncio.gather(*(work(ids) for _ in range(AT_ONCE)))
+    await database.dispose()
+    assert rows(postgres_url, "SELECT count(*), sum(id % 2) FROM item") == [(TRANSACTIONS // 5, 0)]

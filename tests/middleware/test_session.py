@@ -11,6 +11,12 @@ import pytest
 from sqlalchemy import make_url, select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import DeclarativeBase
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from repom import (
     Database,
@@ -22,15 +28,17 @@ from repom import (
 )
 from repom.async_session import get_async_db_session
 from repom.config import reset_config
+from repom.database import ReadOnly
 from repom.errors import (
     ConfigurationError,
     InnerCommitError,
     MixedSessionsError,
     NoScopeError,
+    ReadOnlyError,
     ScopeClosedError,
     UnknownDatabaseError,
 )
-from repom.middleware import DatabaseSessionMiddleware, commits_on_2xx
+from repom.middleware import DatabaseSessionMiddleware, commits_on_2xx, safe_methods
 from repom.registry import forget_configured
 from tests.middleware.notes import (
     NOTE,
@@ -436,3 +444,89 @@ async def test_sync_session_in_a_thread(database: Database, database_url: str) -
     response = await request(DatabaseSessionMiddleware(responding(respond), database), "POST")
     assert (response.status, response.exception) == (201, None)
     assert len(mixed) == 1
+
+
+# --- requests that only read
+
+
+class NotesBase(DeclarativeBase):
+    metadata = NOTE.metadata
+
+
+class Note(NotesBase):
+    __table__ = NOTE
+
+
+async def test_read_only_by_method(database_url: str) -> None:
+    """With `safe_methods` a GET only reads, and a POST writes."""
+    async with notes_database(database_url) as database:
+        app = DatabaseSessionMiddleware(
+            responding(write_and_answer), database, read_only=safe_methods
+        )
+        assert (await request(app, "POST")).status == 201
+        refused = await request(app, "GET", "/notes/7?secret=1")
+        assert isinstance(refused.exception, ReadOnlyError)
+        assert "GET /notes/7 only reads" in str(refused.exception)
+        assert "secret" not in str(refused.exception)
+        assert notes(database_url) == ["a"]
+
+
+async def test_read_only_by_path(database_url: str) -> None:
+    """A function of the application decides, also for one snapshot."""
+
+    def choose(asgi_scope: Scope) -> ReadOnly:
+        return "snapshot" if asgi_scope["path"] == "/report" else False
+
+    async with notes_database(database_url) as database:
+        app = DatabaseSessionMiddleware(responding(write_and_answer), database, read_only=choose)
+        assert isinstance((await request(app, "POST", "/report")).exception, ReadOnlyError)
+        assert (await request(app, "GET", "/")).status == 201
+        assert notes(database_url) == ["a"]
+
+
+async def test_read_only_for_all(sqlite_url: str) -> None:
+    """True makes all requests read; a value that is none of them is an error at once."""
+    async with notes_database(sqlite_url) as database:
+        app = DatabaseSessionMiddleware(responding(write_and_answer), database, read_only=True)
+        assert isinstance((await request(app, "POST")).exception, ReadOnlyError)
+    with pytest.raises(ValueError, match="read_only='GET'"):
+        DatabaseSessionMiddleware(responding(answer), read_only="GET")  # type: ignore[arg-type]
+
+
+async def test_a_swallowed_write_of_a_request_that_only_reads(database_url: str) -> None:
+    """Its 200 is not sent: it would tell of a note that is not there."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        with contextlib.suppress(ReadOnlyError):
+            await write("a")
+        await answer(send, 200)
+
+    async with notes_database(database_url) as database:
+        middleware = DatabaseSessionMiddleware(app, database, read_only=safe_methods)
+        found = await request(middleware, "GET")
+        assert not found.messages
+        assert isinstance(found.exception, ReadOnlyError)
+        assert notes(database_url) == []
+
+
+async def test_a_handler_for_writes_of_requests_that_only_read(sqlite_url: str) -> None:
+    """The application can answer for it, also where the write came as late as the flush at the
+    end."""
+
+    async def late(request: Request) -> Response:
+        current_session().add(Note(text="a"))
+        return Response()
+
+    async def refused(request: Request, error: Exception) -> Response:
+        return Response(status_code=405)
+
+    async with notes_database(sqlite_url) as database:
+        app = Starlette(
+            routes=[Route("/", late)],
+            middleware=[
+                Middleware(DatabaseSessionMiddleware, database=database, read_only=safe_methods)
+            ],
+            exception_handlers={ReadOnlyError: refused},
+        )
+        assert (await request(app, "GET")).status == 405
+        assert notes(sqlite_url) == []

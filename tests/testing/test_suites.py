@@ -15,7 +15,7 @@ from tests.support.reader import rows
 from tests.testing.suites import run, write
 
 
-@pytest.mark.parametrize("suite", ["requests", "units"])
+@pytest.mark.parametrize("suite", ["requests", "units", "read_only"])
 def test_suite(tmp_path: Path, tested_url: str, suite: str) -> None:
     """All its tests pass, and none has left a row."""
     write(tmp_path, suite)
