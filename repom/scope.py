@@ -321,6 +321,18 @@ class SessionScope:
         unit.observer = IGNORING  # the work that waits for the end has ended
         return unit
 
+    def again(self) -> SessionScope:
+        """A unit of work for another attempt at what this one has lost."""
+        return SessionScope(
+            self.databases,
+            label=self.label,
+            begin=self._begin,
+            inner_commits=self._inner_commits,
+            end_timeout=self.end_timeout,
+            is_sync=self.is_sync,
+            attempt=self.attempt + 1,
+        )
+
     def closed(self) -> None:
         """The scope is over: its sessions are no longer given out, nor kept alive.
 
