@@ -29,6 +29,9 @@ from repom.turn import Turn
 
 logger = logging.getLogger("repom.middleware")
 
+#: Where the outermost middleware of a connection says to those inside it that it is there.
+SCOPE_KEY = "repom.scope"
+
 
 class Progress(Enum):
     """How far the response has got, on the wire."""

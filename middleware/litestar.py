@@ -17,10 +17,12 @@ from litestar.exceptions import HTTPException
 from litestar.exceptions.responses import create_exception_response
 from litestar.status_codes import HTTP_500_INTERNAL_SERVER_ERROR
 from litestar.types import ExceptionHandlersMap
+from litestar.utils.scope.state import ScopeState
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from repom.async_session import get_async_db_session
 from repom.middleware.failed_commit import RaiseError
+from repom.middleware.repeatable import copied
 from repom.middleware.versions import refuse_old
 
 refuse_old("litestar")
@@ -52,6 +54,22 @@ async def answer(raise_error: RaiseError, asgi_scope: Any, receive: Any, send: A
         handlers = asgi_scope["route_handler"].resolve_exception_handlers()
         response = _handler_for(error, handlers)(request, error)
     await response.to_asgi_response(app=None, request=request)(asgi_scope, receive, send)
+
+
+def restoring(asgi_scope: Any) -> Callable[[], None]:
+    """What gives Litestar's own state of the connection its present content back.
+
+    See `repom.middleware.repeatable`. Its middlewares outside of ours have the object, so it has
+    to stay the same one.
+    """
+    state = ScopeState.from_scope(asgi_scope)
+    saved = {name: copied(getattr(state, name)) for name in ScopeState.__slots__}
+
+    def restore() -> None:
+        for name, value in saved.items():
+            setattr(state, name, copied(value))
+
+    return restore
 
 
 def _handler_for(error: Exception, handlers: ExceptionHandlersMap) -> Callable[..., Response[Any]]:

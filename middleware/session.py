@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, get_args
 
 from sqlalchemy import URL
 
 from repom.config import RepomConfig
+from repom.conflicts import is_conflict
 from repom.context import Surroundings, surroundings
 from repom.current import Outside
 from repom.database import BeginOptions, Database, ReadOnly, checked_read_only
 from repom.errors import ConfigurationError
 from repom.managed import InnerCommits
-from repom.middleware.exchange import Exchange
+from repom.middleware.exchange import SCOPE_KEY, Exchange
 from repom.middleware.lifespan import check, refuse_to_start, run_lifespan
 from repom.middleware.policy import (
     SAFE_METHODS,
@@ -29,12 +30,14 @@ from repom.middleware.policy import (
     Send,
     commits_on_success,
 )
+from repom.middleware.replay import Replay
 from repom.middleware.versions import refuse_old_frameworks_of
 from repom.registry import Databases, as_databases
+from repom.retry import Attempts, RetryOn
 from repom.scope import END_TIMEOUT, SessionScope
 
-#: Where the outermost middleware of a connection says to those inside it that it is there.
-SCOPE_KEY = "repom.scope"
+#: Bytes: 1 MiB, more than nearly every form and JSON document.
+RETRY_BODY_LIMIT = 1024 * 1024
 
 _SAFE = BeginOptions("DEFERRED")
 _UNSAFE = BeginOptions("IMMEDIATE")
@@ -61,9 +64,15 @@ class DatabaseSessionMiddleware:
         inner_commits: what `session.commit()` by other code means: "defer" (a flush; a later
             error undoes it), "allow", or "forbid".
         end_timeout: seconds that COMMIT or ROLLBACK may take before the connection is closed.
+        retries: how often a request that has lost a conflict is served again, from the start and
+            in a new transaction, before the client hears of it.
+        retry_on: `retry_on(error)` says whether an error is worth it.
+        retry_body_limit: bytes of a request's body that are kept for that. A request with a
+            longer one is not repeated.
 
     Raises:
-        ValueError: `inner_commits` is none of the three words, or `read_only` none of its values.
+        ValueError: `inner_commits` is none of the three words, `read_only` none of its values, or
+            `retries` less than 0.
 
     Example:
         >>> app = FastAPI()
@@ -83,16 +92,25 @@ class DatabaseSessionMiddleware:
         read_only: ReadOnly | ReadOnlyFor = False,
         inner_commits: InnerCommits = "defer",
         end_timeout: float = END_TIMEOUT,
+        retries: int = 0,
+        retry_on: RetryOn = is_conflict,
+        retry_body_limit: int = RETRY_BODY_LIMIT,
     ) -> None:
         if inner_commits not in get_args(InnerCommits):
             raise ValueError(
                 f"inner_commits={inner_commits!r}: write one of {', '.join(get_args(InnerCommits))}"
             )
+        Attempts(retries)  # which refuses what is no number of them
         self.app: ASGIApp = app
         self.commit_on = commit_on
         self.read_only = read_only if callable(read_only) else checked_read_only(read_only)
         self.inner_commits: InnerCommits = inner_commits
         self.end_timeout = end_timeout
+        self._exchange: Any = Exchange
+        if retries:
+            self._exchange = partial(
+                Replay, retries=retries, retry_on=retry_on, body_limit=retry_body_limit
+            )
         self._given = database
 
     @cached_property
@@ -142,7 +160,7 @@ class DatabaseSessionMiddleware:
             end_timeout=self.end_timeout,
         )
         scope[SCOPE_KEY] = unit
-        await Exchange(unit, self.commit_on, scope, send).run(self.app, receive)
+        await self._exchange(unit, self.commit_on, scope, send).run(self.app, receive)
 
     def _reading(self, scope: Scope) -> BeginOptions | None:
         """How a request begins that only reads; None if it may write."""

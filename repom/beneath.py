@@ -26,6 +26,7 @@ from repom.dialects.read_only import makes_writable
 from repom.errors import InnerCommitError, ReadOnlyError
 from repom.gate import Gate, scope_closed
 from repom.lost_changes import doom, unwatch_clean, watch_clean
+from repom.observer import committing_apart
 
 T = TypeVar("T")
 
@@ -75,7 +76,7 @@ def wait_for_deferred(session: Session) -> None:
 # --- the connection
 
 #: Methods of Connection that talk to the database, and those of them that send a statement.
-_OPERATIONS = ("commit", "rollback", "scalars")
+_OPERATIONS = ("rollback", "scalars")
 _EXECUTIONS = ("exec_driver_sql", "execute", "scalar")
 
 # What ends the transaction unseen by SQLAlchemy: asyncpg and SQLite would commit each of the
@@ -128,6 +129,12 @@ def _end_of_transaction(method: Callable[[Any], None]) -> Callable[[Any], None]:
     return end
 
 
+def _commit(self: Any) -> None:
+    """A COMMIT by hand, of all that the session has done on the connection."""
+    with committing_apart():
+        Connection.commit(self)
+
+
 def _begin_nested(self: Any) -> NestedTransaction:
     session = self.repom_session
     begin = functools.partial(Connection.begin_nested, self)
@@ -142,6 +149,7 @@ _ManagedConnection = type(
         **{name: _operation(getattr(Connection, name)) for name in _OPERATIONS},
         **{name: _operation(_execution(getattr(Connection, name))) for name in _EXECUTIONS},
         "begin_nested": _begin_nested,
+        "commit": _operation(_commit),
         # Whoever ends it: the owner, `session.rollback()`, a `commit()` that is allowed.
         "_commit_impl": _end_of_transaction(Connection._commit_impl),
         "_rollback_impl": _end_of_transaction(Connection._rollback_impl),

@@ -7,7 +7,10 @@ worker thread's copied context is then seen by the code that opened the scope, t
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from repom.observer import Observer
 
 
 class Surroundings(Protocol):
@@ -21,6 +24,10 @@ class Surroundings(Protocol):
     def in_transaction(self) -> bool:
         """Whether it holds an open transaction."""
         ...
+
+    @property
+    def observer(self) -> Observer | None:
+        """Who has to know what happens in it; see `repom.observer`."""
 
 
 surroundings: ContextVar[Surroundings | None] = ContextVar("repom_scope", default=None)

@@ -14,6 +14,7 @@ from repom.database import AsyncSessionT, Database, SessionT
 from repom.deferred import raise_failure
 from repom.errors import NoScopeError
 from repom.gate import scope_closed
+from repom.observer import Observer
 from repom.registry import CONFIGURED, DEFAULT, Databases
 from repom.scope import SessionScope
 
@@ -31,6 +32,7 @@ class Outside:
     """
 
     parent: Surroundings | None = None
+    observer: Observer | None = None
     in_transaction = False
 
     def __init__(

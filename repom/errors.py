@@ -117,10 +117,10 @@ class TransactionAbortedError(TransactionError):
 
 
 class CommitOutcomeUnknown(TransactionError):
-    """The connection was lost while COMMIT was in flight: it may or may not have happened.
+    """COMMIT may or may not have happened: the connection was lost while it was in flight.
 
-    Not a `SQLAlchemyError`: a handler registered for those would claim what nobody knows.
-    Never retried by repom.
+    Or the server itself does not know, and says so. Not a `SQLAlchemyError`: a handler registered
+    for those would claim what nobody knows. Never retried by repom.
     """
 
 
@@ -140,6 +140,10 @@ class PartialCommitError(TransactionError):
         self.committed = committed
         self.failed = failed
         self.rolled_back = rolled_back
+
+
+#: After one of these, something of the transaction may be in a database.
+MAY_BE_COMMITTED = (CommitOutcomeUnknown, PartialCommitError)
 
 
 class ConcurrentSessionUse(TransactionError):

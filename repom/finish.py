@@ -12,7 +12,7 @@ import anyio.to_thread
 
 from repom.callbacks import Callback
 from repom.ending import Steps, close_steps, commit_steps, rollback_steps
-from repom.errors import CommitOutcomeUnknown, PartialCommitError, ScopeError
+from repom.errors import MAY_BE_COMMITTED, ScopeError
 from repom.gate import scope_closed
 from repom.participant import perform, perform_sync
 from repom.shield import run_to_end
@@ -138,7 +138,7 @@ def _settle(scope: SessionScope, commit: bool) -> None:
 
 
 def _settle_failed(scope: SessionScope, error: BaseException) -> None:
-    if isinstance(error, (CommitOutcomeUnknown, PartialCommitError)):
+    if isinstance(error, MAY_BE_COMMITTED):
         not_run = scope.callbacks.forget()
         if not_run:
             logger.warning(

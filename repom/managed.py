@@ -35,6 +35,7 @@ from repom.dialects.base import CLOSED_BY_COMMIT, aborted
 from repom.errors import InnerCommitError, TransactionError
 from repom.gate import Gate, block_not_left
 from repom.lost_changes import Watching, doomed, flush_began, flush_ended, refreshing
+from repom.observer import committing_apart
 
 InnerCommits = Literal["defer", "allow", "forbid"]
 Ending = Literal["flush", "commit", "rollback", "close"]
@@ -114,7 +115,9 @@ class ManagedSession(Watching, Session):
             self._for_real(how)
         except PendingRollbackError as error:
             # A flush failed, its error was swallowed, and SQLAlchemy has rolled back.
-            raise aborted() from error
+            transaction = self.get_transaction()
+            first = transaction._rollback_exception if transaction is not None else None
+            raise aborted() from first or error
         finally:
             self.repom_callbacks = callbacks
             if entered:
@@ -153,7 +156,8 @@ class ManagedSession(Watching, Session):
         elif policy == "forbid":
             raise commit_forbidden("commit")
         elif policy == "allow":
-            inside(self, self._for_real, "commit")
+            with committing_apart():
+                inside(self, self._for_real, "commit")
         else:
             self.flush()
 

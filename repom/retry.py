@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 
 from repom.conflicts import is_conflict
+from repom.errors import MAY_BE_COMMITTED
 
 logger = logging.getLogger("repom")
 
@@ -39,6 +40,9 @@ class Attempts:
 
     Attributes:
         number: of the attempt under way, from 1.
+
+    Raises:
+        ValueError: `retries` is less than 0.
     """
 
     def __init__(
@@ -51,11 +55,23 @@ class Attempts:
         self._retry_on = retry_on
         self._label = label
 
+    @property
+    def is_last(self) -> bool:
+        """Whether no other may follow the attempt under way."""
+        return self.number > self._retries
+
+    def is_worth_it(self, error: Exception) -> bool:
+        """Whether an attempt that has ended in `error` may be repeated.
+
+        Not if the outcome is unknown, whatever `retry_on` says: it may have been committed.
+        """
+        return not isinstance(error, MAY_BE_COMMITTED) and self._retry_on(error)
+
     def pause_after(self, error: Exception) -> float | None:
         """The pause before the next attempt, which counts from now on; None for no more."""
-        if not self._retry_on(error):
+        if not self.is_worth_it(error):
             return None
-        if self.number > self._retries:
+        if self.is_last:
             if self._retries:
                 error.add_note(f"It was attempt {self.number}, the last one.")
             return None

@@ -25,6 +25,7 @@ from repom.errors import (
 )
 from repom.gate import scope_closed
 from repom.managed import InnerCommits
+from repom.observer import IGNORING, Observer, committing_apart
 from repom.participant import AsyncParticipant, Participant, SyncParticipant
 from repom.registry import DEFAULT, Databases
 from repom.turn import Turn
@@ -50,6 +51,7 @@ class SessionScope:
     Attributes:
         label: what the unit of work is, for logs: its `str()` is "POST /articles", or a name.
         parent: the scope inside which this one was opened, if any.
+        observer: who has to know what the database says in it, if anybody.
         is_sync: whether sync code ends it, which cannot await the end of an `AsyncSession`.
         is_used: whether it was ever asked for a session or a callback.
         participants: what takes part in it, in the order in which it is to commit.
@@ -59,6 +61,7 @@ class SessionScope:
 
     # Most requests need little of this, so it is made when it is needed.
     parent: Surroundings | None = None
+    observer: Observer | None = None
     is_used = False
     participants: tuple[Participant, ...] = ()
     _state = ScopeState.OPEN
@@ -151,7 +154,8 @@ class SessionScope:
             ScopeClosedError: the scope has ended.
         """
         self._refuse_early_commit()
-        await finish.end(self, commit=True)
+        with committing_apart():
+            await finish.end(self, commit=True)
 
     def commit_sync(self) -> None:
         """The sync twin of `commit`, for `def` endpoints and `sync_session_scope()`.
@@ -166,7 +170,8 @@ class SessionScope:
                 "cannot commit an AsyncSession.\n"
                 "Write `await current_scope().commit()` in async code."
             )
-        finish.end_sync(self, commit=True)
+        with committing_apart():
+            finish.end_sync(self, commit=True)
 
     def on_commit(self, callback: Callback, database: str | Database = DEFAULT) -> None:
         """See `repom.on_commit`."""
@@ -312,13 +317,27 @@ class SessionScope:
 
         So a callback neither ends what siblings have begun since, nor lets them in again.
         """
-        return SessionScope(
+        unit = SessionScope(
             self.databases,
             label=f"a callback of {self.label}",
             begin=self._begin,
             inner_commits=self._inner_commits,
             end_timeout=self.end_timeout,
             is_sync=is_sync,
+        )
+        unit.observer = IGNORING  # the work that waits for the end has ended
+        return unit
+
+    def again(self) -> SessionScope:
+        """A unit of work for another attempt at what this one has lost."""
+        return SessionScope(
+            self.databases,
+            label=self.label,
+            begin=self._begin,
+            inner_commits=self._inner_commits,
+            end_timeout=self.end_timeout,
+            is_sync=self.is_sync,
+            attempt=self.attempt + 1,
         )
 
     def closed(self) -> None:

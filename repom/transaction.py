@@ -11,6 +11,7 @@ from contextlib import (
     AbstractContextManager,
     asynccontextmanager,
     contextmanager,
+    nullcontext,
 )
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ from repom.database import (
 from repom.deferred import raise_failure
 from repom.dialects import Begin
 from repom.managed import InnerCommits
+from repom.observer import committing_apart
 from repom.retry import Attempts, RetryOn
 from repom.scope import END_TIMEOUT, SessionScope
 
@@ -132,7 +134,7 @@ async def _inside(make: Callable[[], SessionScope]) -> AsyncIterator[Any]:
         except BaseException:
             await finish.finish(scope, commit=False)
             raise
-        await finish.finish(scope, commit=not scope.is_rollback_only)
+        await _finish(scope)
     finally:
         scope.leave()
 
@@ -165,6 +167,13 @@ def sync_session_scope(
     )
 
 
+async def _finish(scope: SessionScope) -> None:
+    """The end of a block that was left without an exception."""
+    commit = not scope.is_rollback_only
+    with committing_apart() if commit and scope.has_work else nullcontext():
+        await finish.finish(scope, commit=commit)
+
+
 @contextmanager
 def _inside_sync(make: Callable[[], SessionScope]) -> Iterator[Any]:
     scope = make()
@@ -175,9 +184,16 @@ def _inside_sync(make: Callable[[], SessionScope]) -> Iterator[Any]:
         except BaseException:
             finish.finish_sync(scope, commit=False)
             raise
-        finish.finish_sync(scope, commit=not scope.is_rollback_only)
+        _finish_sync(scope)
     finally:
         scope.leave()
+
+
+def _finish_sync(scope: SessionScope) -> None:
+    """The sync twin of `_finish`."""
+    commit = not scope.is_rollback_only
+    with committing_apart() if commit and scope.has_work else nullcontext():
+        finish.finish_sync(scope, commit=commit)
 
 
 async def run_transaction(

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 
+from repom.errors import CommitOutcomeUnknown, PartialCommitError
 from repom.retry import LONGEST_PAUSE, Attempts, pause_before
 
 
@@ -28,8 +29,10 @@ def test_attempts_are_counted_and_end() -> None:
     assert attempts.number == 1
     assert attempts.pause_after(LostError()) is not None
     assert attempts.number == 2
+    assert not attempts.is_last
     assert attempts.pause_after(LostError()) is not None
     assert attempts.number == 3
+    assert attempts.is_last
     last = LostError()
     assert attempts.pause_after(last) is None
     assert last.__notes__ == ["It was attempt 3, the last one."]
@@ -40,6 +43,21 @@ def test_other_errors_end_it_at_once() -> None:
     error = ValueError()
     assert attempts.pause_after(error) is None
     assert (attempts.number, hasattr(error, "__notes__")) == (1, False)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        CommitOutcomeUnknown("unknown"),
+        PartialCommitError("half", committed=["a"], failed="b", rolled_back=[]),
+    ],
+    ids=repr,
+)
+def test_what_may_have_been_committed_is_never_repeated(error: Exception) -> None:
+    """Whatever `retry_on` says of it."""
+    attempts = Attempts(2, lambda error: True)
+    assert attempts.pause_after(error) is None
+    assert attempts.number == 1
 
 
 def test_without_retries_the_error_is_left_alone() -> None:

@@ -3,7 +3,8 @@
 Two truths are established here for every connection, repom's own sessions or not:
 
 * COMMIT of a transaction that the database has already aborted is `TransactionAbortedError`.
-* A connection lost while COMMIT is in flight is `CommitOutcomeUnknown`.
+* A connection lost while COMMIT is in flight is `CommitOutcomeUnknown`, and so is an answer to
+  COMMIT by which the server itself does not know.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from repom.errors import (
     TransactionAbortedError,
 )
 from repom.lending import LendingQueuePool
+from repom.observer import observer_here
 from repom.urls import safe
 
 # Keys of `PoolProxiedConnection.info`, which lives as long as the DBAPI connection.
@@ -88,6 +90,10 @@ class Support:
 
     def is_answer(self, error: Exception) -> bool:
         """Whether `error`, which ended the connection, is the server's answer to COMMIT."""
+        return False
+
+    def is_undecided(self, error: Exception) -> bool:
+        """Whether `error`, the server's answer to COMMIT, says that it does not know itself."""
         return False
 
     def connect_failed(self, error: Exception) -> RepomError:
@@ -166,6 +172,8 @@ class Support:
         info.pop(_COMMIT_SENT, None)
         if info.pop(CLOSED_BY_COMMIT, False):
             info[_IS_CLEAN] = True
+        else:  # not by a session of a scope, which would say so itself
+            observer_here().committed()
 
     def _rollback(
         self, do_rollback: Callable[..., None], connection: PoolProxiedConnection
@@ -185,22 +193,37 @@ class Support:
             return None
         info = connection.info
         commit_sent = info.pop(_COMMIT_SENT, False)
+        why = self._why_unknown(error, context.is_disconnect) if commit_sent else None
+        if why is not None:
+            if not context.is_disconnect:
+                _roll_back(connection)
+            observer_here().committed()
+            return CommitOutcomeUnknown(
+                f"{why}: the database may have committed, or not.\n"
+                "Look there before doing the work again; repom never retries it."
+            )
         if isinstance(error, TransactionAbortedError):
             error.__cause__ = info.get(ABORTED_BY)
             _roll_back(connection)
         elif isinstance(error, RepomError):
             return None  # the database has not been asked
         elif context.is_disconnect:
-            if commit_sent and not self.is_answer(error):
-                return CommitOutcomeUnknown(
-                    "the connection was lost while COMMIT was in flight: the database may have "
-                    "committed, or not.\n"
-                    "Look there before doing the work again; repom never retries it."
-                )
+            pass  # the server undoes it
         elif commit_sent:
             _roll_back(connection)
         elif self.aborts(error, connection.connection.driver_connection):
             info[ABORTED_BY] = error
+        observer_here().failed(context.sqlalchemy_exception or error)
+        return None
+
+    def _why_unknown(self, error: Exception, is_disconnect: bool) -> str | None:
+        """Why nobody knows what became of a COMMIT that ended in `error`, if so it is."""
+        if isinstance(error, RepomError):
+            return None  # the server's silent ROLLBACK, for instance
+        if self.is_undecided(error):
+            return "the server does not know what became of COMMIT"
+        if is_disconnect and not self.is_answer(error):
+            return "the connection was lost while COMMIT was in flight"
         return None
 
 

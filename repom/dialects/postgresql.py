@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sqlalchemy import URL, Engine, event
@@ -19,6 +19,16 @@ _IN_ERROR = 3
 _CONSEQUENCE = "25P02"
 # Class 08, connection exception: found by the driver, and not said by the server.
 _CONNECTION_CLASS = "08"
+# In answer to COMMIT: it may have happened.
+_UNDECIDED = frozenset(
+    {
+        # statement_completion_unknown: CockroachDB's "result is ambiguous"
+        # (https://www.cockroachlabs.com/docs/stable/common-errors#result-is-ambiguous)
+        "40003",
+        "08007",  # transaction_resolution_unknown
+        "XXA00",  # CockroachDB: it has happened, but for a part of its DDL
+    }
+)
 
 
 class PostgreSQL(Support):
@@ -75,12 +85,10 @@ class PostgreSQL(Support):
         # committing: while it commits, it does not listen. A pooler may say it by itself.
         if self.pgbouncer:
             return False
-        cause: BaseException | None = error
-        while cause is not None:  # asyncpg keeps what the server said as the first cause
-            if not (sqlstate(cause) or _CONNECTION_CLASS).startswith(_CONNECTION_CLASS):
-                return True
-            cause = cause.__cause__
-        return False
+        return any(not state.startswith(_CONNECTION_CLASS) for state in _sqlstates(error))
+
+    def is_undecided(self, error: Exception) -> bool:
+        return not _UNDECIDED.isdisjoint(_sqlstates(error))
 
     def abandon(self, driver_connection: Any) -> None:
         if self.driver == "asyncpg":
@@ -92,6 +100,16 @@ class PostgreSQL(Support):
 def sqlstate(error: BaseException) -> str | None:
     """The SQLSTATE of an exception of any driver; None if the driver raised it by itself."""
     return getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+
+
+def _sqlstates(error: BaseException) -> Iterator[str]:
+    """Those of `error` and its causes: asyncpg keeps what the server said as the first one."""
+    cause: BaseException | None = error
+    while cause is not None:
+        state = sqlstate(cause)
+        if state is not None:
+            yield state
+        cause = cause.__cause__
 
 
 def _make_truthful(dbapi_connection: Any, record: Any) -> None:

@@ -22,6 +22,7 @@ from sqlalchemy.pool import (
 )
 
 from repom import session_scope, sync_session_scope
+from repom.conflicts import is_conflict
 from repom.database import Database
 from repom.dialects import Support, support_for
 from repom.errors import CommitOutcomeUnknown, DatabaseUnreachableError, TransactionAbortedError
@@ -32,6 +33,14 @@ from tests.support.polling import until
 from tests.support.reader import connections, execute, rows
 
 PASSWORD = "s3cret-Pa55"
+
+#: COMMIT of a new row is answered with the SQLSTATE `STATE`.
+ANSWERING = """
+create function answer() returns trigger language plpgsql as
+  $$ begin raise exception 'ambiguous' using errcode = 'STATE'; end $$;
+create constraint trigger answer after insert on truth
+  deferrable initially deferred for each row execute function answer()
+"""
 
 
 class Base(DeclarativeBase):
@@ -314,6 +323,44 @@ async def test_a_connection_cut_in_commit_leaves_the_outcome_unknown(
             assert await work.do(lambda session: session.scalar(text("select 1"))) == 1
         await driver.database.dispose()
     assert (2 in ids(url)) == (when == "after")
+
+
+@pytest.mark.parametrize("state", ["40003", "08007", "XXA00"])
+@pytest.mark.parametrize("name", ["asyncpg", "psycopg", "psycopg-sync", "psycopg2"])
+async def test_a_server_that_does_not_know_leaves_the_outcome_unknown(
+    request: pytest.FixtureRequest, name: str, state: str
+) -> None:
+    """CockroachDB answers COMMIT so when it has lost the node that commits. The connection is
+    there still, and serves the next."""
+    async with open_driver(request, name) as driver:
+        await prepare(driver.url)
+        execute(driver.url, ANSWERING.replace("STATE", state))
+        async with driver.work() as work:
+            await work.do(add_row_2)
+            error = await work.commit()
+        assert isinstance(error, CommitOutcomeUnknown)
+        assert str(error).startswith("the server does not know what became of COMMIT: ")
+        assert error.__cause__ is not None
+        assert not is_conflict(error)
+        execute(driver.url, "drop trigger answer on truth")
+        async with driver.work() as work:
+            await work.do(add_row_2)
+            assert await work.commit() is None
+        assert len(connections(driver.url)) == 1
+
+
+async def test_an_error_of_that_name_in_a_statement_is_an_ordinary_one(postgres_url: str) -> None:
+    """COMMIT has not been sent."""
+    driver = Driver("asyncpg", postgres_url)
+    async with driver.work() as work:
+        with pytest.raises(DBAPIError):
+            await work.do(
+                lambda session: session.execute(
+                    text("do $$ begin raise exception using errcode = '40003'; end $$")
+                )
+            )
+        assert isinstance(await work.commit(), TransactionAbortedError)
+    await driver.database.dispose()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from repom import Database
 from tests.frameworks.table import Framework
@@ -12,9 +13,11 @@ WITHOUT_LIFESPAN = {"Django"}
 
 
 @asynccontextmanager
-async def running(framework: Framework, database: Database) -> AsyncIterator[ASGIApp]:
+async def running(
+    framework: Framework, database: Database, **options: Any
+) -> AsyncIterator[ASGIApp]:
     """The framework's application, between its start and its end."""
-    app = lowercasing(framework.make(database))
+    app = lowercasing(framework.make(database, **options))
     if framework.name in WITHOUT_LIFESPAN:
         yield app
     else:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 from importlib import import_module
+from typing import Any
 
 from repom import Database
 from tests.support.asgi import ASGIApp
@@ -31,9 +32,10 @@ class Framework:
         """Of its application, and the name under which it is installed."""
         return self.name.lower()
 
-    def make(self, database: Database) -> ASGIApp:
-        """Its application, behind the middleware."""
-        app: ASGIApp = import_module(f"tests.frameworks.apps.{self.module}").make(database)
+    def make(self, database: Database, **options: Any) -> ASGIApp:
+        """Its application, behind the middleware, which has these options."""
+        module = import_module(f"tests.frameworks.apps.{self.module}")
+        app: ASGIApp = module.make(database, **options)
         return app
 
     def __str__(self) -> str:

@@ -16,10 +16,17 @@ from tests.frameworks import work
 from tests.frameworks.running import WITHOUT_LIFESPAN, running
 from tests.frameworks.table import COLUMNS, NO, TABLE, Framework
 from tests.integration.test_sockets import client_of, post
-from tests.middleware.notes import NOTE, Sight, connections_in_use, create_notes, notes
+from tests.middleware.notes import (
+    NOTE,
+    Sight,
+    connections_in_use,
+    create_notes,
+    notes,
+    notes_database,
+)
 from tests.support.asgi import Message, request, websocket
 from tests.support.polling import block_until, until
-from tests.support.reader import connections
+from tests.support.reader import connections, execute
 from tests.support.sockets import serve
 
 APPS = Path(__file__).parent / "apps"
@@ -117,6 +124,42 @@ async def test_sync_code_whose_commit_fails(
     assert (response.status, response.exception) == (409, None)
     assert notes(deferring_url) == []
     assert deferring.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+
+
+#: The first two notes lose a conflict: a sequence does not go back with the transaction.
+LOSING = """
+CREATE SEQUENCE lost;
+CREATE FUNCTION lose() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+  IF nextval('lost') <= 2 THEN RAISE EXCEPTION 'conflict' USING ERRCODE = '40001'; END IF;
+  RETURN NEW; END $$;
+"""
+AT_COMMIT = "CREATE CONSTRAINT TRIGGER lose AFTER INSERT ON note DEFERRABLE INITIALLY DEFERRED"
+IN_A_STATEMENT = "CREATE TRIGGER lose BEFORE INSERT ON note"
+
+
+@pytest.mark.parametrize("path", ["/posted", "/sync"])
+@pytest.mark.parametrize("trigger", [AT_COMMIT, IN_A_STATEMENT], ids=["commit", "statement"])
+@every_framework
+async def test_failed_commit_that_is_worth_another_attempt(
+    framework: Framework, postgres_url: str, trigger: str, path: str
+) -> None:
+    """With `retries`, a conflict of its transaction with others is invisible to the client: the
+    request is served once more, from its beginning. Also where the framework has an answer of its
+    own for it, a 500."""
+    sight: list[Message] = []
+    async with notes_database(postgres_url) as database:
+        execute(postgres_url, f"{LOSING} {trigger} FOR EACH ROW EXECUTE FUNCTION lose()")
+        async with running(framework, database, retries=2) as app:
+            response = await request(app, "POST", path, body=[b"a", b"b"], on_message=sight.append)
+            assert (response.status, response.complete, response.exception) == (201, True, None)
+        assert notes(postgres_url) == ["ab" if path == "/posted" else "a"]
+        execute(postgres_url, "DELETE FROM note; ALTER SEQUENCE lost RESTART WITH 1")
+        async with running(framework, database, retries=1) as app:
+            last = await request(app, "POST", path)
+        assert (last.status, last.complete) == (500, True)
+        assert connections_in_use(database) == 0
+    assert kinds(sight).count(START) == 1
+    assert notes(postgres_url) == []
 
 
 @every_framework

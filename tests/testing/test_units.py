@@ -136,6 +136,7 @@ class Scope:
     """As `repom.scope.SessionScope`, here."""
 
     in_transaction = True
+    observer = None
 
     def __init__(self, parent: Any) -> None:
         self.parent = parent

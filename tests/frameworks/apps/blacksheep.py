@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from blacksheep import Application, Request, Response, Router, StreamedContent, WebSocket
 from blacksheep.exceptions import Forbidden
@@ -17,6 +18,11 @@ from tests.frameworks import work
 
 async def created() -> Response:
     await work.create()
+    return Response(201)
+
+
+async def posted(request: Request) -> Response:
+    await work.create((await request.read() or b"").decode())
     return Response(201)
 
 
@@ -112,15 +118,15 @@ async def conflict(app: Application, request: Request, error: Exception) -> Resp
     return json({"detail": type(error).__name__}, 409)
 
 
-def make(database: Database) -> DatabaseSessionMiddleware:
+def make(database: Database, **options: Any) -> DatabaseSessionMiddleware:
     app = Application(router=Router())
     for endpoint in (
         *(created, returned, raised, handled, crash, refused, doomed, sync, sync_refused),
-        *(background, stream, stream_broken, stream_refused, export),
+        *(posted, background, stream, stream_broken, stream_refused, export),
     ):
         app.router.add_post(f"/{endpoint.__name__.replace('_', '-')}", endpoint)
     app.router.add_ws("/ws", websocket)
     app.exceptions_handlers[work.Refused] = unprocessable
     app.exceptions_handlers[IntegrityError] = conflict
     app.middlewares.append(raise_failed_commit)
-    return DatabaseSessionMiddleware(app, database)
+    return DatabaseSessionMiddleware(app, database, **options)

@@ -30,6 +30,11 @@ async def created(request: HttpRequest) -> HttpResponse:
     return HttpResponse(status=201)
 
 
+async def posted(request: HttpRequest) -> HttpResponse:
+    await work.create(request.body.decode())
+    return HttpResponse(status=201)
+
+
 async def returned(request: HttpRequest) -> HttpResponse:
     await work.create()
     return HttpResponse(status=404)
@@ -117,10 +122,10 @@ urlpatterns: list[Any] = [
     path(endpoint.__name__.replace("_", "-"), endpoint)
     for endpoint in (
         *(created, returned, raised, handled, crash, refused, doomed, sync, sync_refused),
-        *(background, stream, stream_broken, stream_refused, export),
+        *(posted, background, stream, stream_broken, stream_refused, export),
     )
 ]
 
 
-def make(database: Database) -> DatabaseSessionMiddleware:
-    return DatabaseSessionMiddleware(get_asgi_application(), database)
+def make(database: Database, **options: Any) -> DatabaseSessionMiddleware:
+    return DatabaseSessionMiddleware(get_asgi_application(), database, **options)

@@ -19,6 +19,10 @@ class Notes:
         await work.create()
         resp.status = 201
 
+    async def on_post_posted(self, req: Request, resp: Response) -> None:
+        await work.create((await req.stream.read()).decode())
+        resp.status = 201
+
     async def on_post_returned(self, req: Request, resp: Response) -> None:
         await work.create()
         resp.status = 404
@@ -91,7 +95,7 @@ async def conflict(
     raise falcon.HTTPConflict(title=type(error).__name__)
 
 
-def make(database: Database) -> DatabaseSessionMiddleware:
+def make(database: Database, **options: Any) -> DatabaseSessionMiddleware:
     app = falcon.asgi.App(middleware=[RaiseFailedCommit()])
     notes = Notes()
     for name in vars(Notes):
@@ -101,4 +105,4 @@ def make(database: Database) -> DatabaseSessionMiddleware:
     app.add_route("/ws", notes)
     app.add_error_handler(work.Refused, unprocessable)
     app.add_error_handler(IntegrityError, conflict)
-    return DatabaseSessionMiddleware(app, database)
+    return DatabaseSessionMiddleware(app, database, **options)

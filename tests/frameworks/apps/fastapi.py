@@ -1,5 +1,7 @@
 """FastAPI."""
 
+from typing import Any
+
 from fastapi import BackgroundTasks, FastAPI, HTTPException, Request, WebSocket
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from sqlalchemy.exc import IntegrityError
@@ -11,6 +13,10 @@ from tests.frameworks import work
 
 async def created() -> None:
     await work.create()
+
+
+async def posted(request: Request) -> None:
+    await work.create((await request.body()).decode())
 
 
 async def returned() -> Response:
@@ -86,16 +92,16 @@ async def conflict(request: Request, error: Exception) -> Response:
     return JSONResponse({"detail": type(error).__name__}, 409)
 
 
-def make(database: Database) -> FastAPI:
+def make(database: Database, **options: Any) -> FastAPI:
     app = FastAPI()
     for endpoint in (
         *(created, returned, raised, handled, crash, refused, doomed, sync, sync_refused),
-        *(background, stream, stream_broken, stream_refused, export),
+        *(posted, background, stream, stream_broken, stream_refused, export),
     ):
         path = f"/{endpoint.__name__.replace('_', '-')}"
         app.post(path, status_code=201)(endpoint)
     app.websocket("/ws")(websocket)
     app.exception_handler(work.Refused)(unprocessable)
     app.exception_handler(IntegrityError)(conflict)
-    app.add_middleware(DatabaseSessionMiddleware, database)
+    app.add_middleware(DatabaseSessionMiddleware, database, **options)
     return app

@@ -23,6 +23,12 @@ async def created(session: NamedDependency[AsyncSession]) -> None:
     await work.create()
 
 
+@post("/posted")
+async def posted(request: Request[Any, Any, Any], session: NamedDependency[AsyncSession]) -> None:
+    assert session is current_session()
+    await work.create((await request.body()).decode())
+
+
 @post("/returned")
 async def returned() -> Response[str]:
     await work.create()
@@ -113,13 +119,13 @@ def conflict(request: Request[Any, Any, Any], error: Exception) -> Response[Any]
     return Response({"detail": type(error).__name__}, status_code=409, media_type=MediaType.JSON)
 
 
-def make(database: Database) -> Litestar:
+def make(database: Database, **options: Any) -> Litestar:
     return Litestar(
         [
             *(created, returned, raised, handled, crash, refused, doomed, sync, sync_refused),
-            *(background, stream, stream_broken, stream_refused, export, echo),
+            *(posted, background, stream, stream_broken, stream_refused, export, echo),
         ],
-        middleware=[DefineMiddleware(DatabaseSessionMiddleware, database=database)],
+        middleware=[DefineMiddleware(DatabaseSessionMiddleware, database=database, **options)],
         dependencies={"session": Provide(provide_session)},
         exception_handlers={work.Refused: unprocessable, IntegrityError: conflict},
         openapi_config=None,

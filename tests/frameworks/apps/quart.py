@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 from typing import Any
 
-from quart import Quart, abort
+from quart import Quart, abort, request
 from quart import websocket as connection
 from sqlalchemy.exc import IntegrityError
 
@@ -17,6 +17,11 @@ Answer = tuple[Any, int]
 
 async def created() -> Answer:
     await work.create()
+    return "", 201
+
+
+async def posted() -> Answer:
+    await work.create(await request.get_data(as_text=True))
     return "", 201
 
 
@@ -92,7 +97,7 @@ async def conflict(error: Exception) -> Answer:
     return {"detail": type(error).__name__}, 409
 
 
-def make(database: Database) -> Quart:
+def make(database: Database, **options: Any) -> Quart:
     app = Quart(__name__)
 
     async def background() -> Answer:
@@ -102,12 +107,14 @@ def make(database: Database) -> Quart:
 
     for endpoint in (
         *(created, returned, raised, handled, crash, refused, doomed, sync, sync_refused),
-        *(background, stream, stream_broken, stream_refused, export),
+        *(posted, background, stream, stream_broken, stream_refused, export),
     ):
         app.post(f"/{endpoint.__name__.replace('_', '-')}")(endpoint)
     app.websocket("/ws")(websocket)
     app.errorhandler(work.Refused)(unprocessable)
     app.errorhandler(IntegrityError)(conflict)
     app.before_request(raise_failed_commit)
-    app.asgi_app = DatabaseSessionMiddleware(app.asgi_app, database)  # type: ignore[method-assign]
+    app.asgi_app = DatabaseSessionMiddleware(  # type: ignore[method-assign]
+        app.asgi_app, database, **options
+    )
     return app

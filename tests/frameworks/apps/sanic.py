@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from itertools import count
+from typing import Any
 
 from sanic import Request, Sanic, Websocket, empty, json
 from sanic.exceptions import Forbidden
@@ -18,6 +19,11 @@ numbers = count()
 
 async def created(request: Request) -> HTTPResponse:
     await work.create()
+    return empty(201)
+
+
+async def posted(request: Request) -> HTTPResponse:
+    await work.create(request.body.decode())
     return empty(201)
 
 
@@ -105,15 +111,15 @@ async def conflict(request: Request, error: Exception) -> HTTPResponse:
     return json({"detail": type(error).__name__}, 409)
 
 
-def make(database: Database) -> DatabaseSessionMiddleware:
+def make(database: Database, **options: Any) -> DatabaseSessionMiddleware:
     app = Sanic(f"notes-{next(numbers)}", configure_logging=False)  # no two may have one name
     app.config.TOUCHUP = False  # it would rewrite Sanic's own classes, once in a process
     for endpoint in (
         *(created, returned, raised, handled, crash, refused, doomed, sync, sync_refused),
-        *(background, stream, stream_broken, stream_refused, export),
+        *(posted, background, stream, stream_broken, stream_refused, export),
     ):
         app.add_route(endpoint, f"/{endpoint.__name__.replace('_', '-')}", methods=["POST"])
     app.add_websocket_route(websocket, "/ws")
     app.exception(work.Refused)(unprocessable)
     app.exception(IntegrityError)(conflict)
-    return DatabaseSessionMiddleware(app, database)
+    return DatabaseSessionMiddleware(app, database, **options)

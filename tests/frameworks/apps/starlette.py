@@ -1,5 +1,7 @@
 """Starlette."""
 
+from typing import Any
+
 from sqlalchemy.exc import IntegrityError
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
@@ -16,6 +18,11 @@ from tests.frameworks import work
 
 async def created(request: Request) -> Response:
     await work.create()
+    return Response(status_code=201)
+
+
+async def posted(request: Request) -> Response:
+    await work.create((await request.body()).decode())
     return Response(status_code=201)
 
 
@@ -96,10 +103,10 @@ def conflict(request: Request, error: Exception) -> Response:
     return JSONResponse({"detail": type(error).__name__}, 409)
 
 
-def make(database: Database) -> Starlette:
+def make(database: Database, **options: Any) -> Starlette:
     endpoints = [
         *(created, returned, raised, handled, crash, refused, doomed, sync, sync_refused),
-        *(background, stream, stream_broken, stream_refused, export),
+        *(posted, background, stream, stream_broken, stream_refused, export),
     ]
     app = Starlette(
         routes=[
@@ -111,5 +118,5 @@ def make(database: Database) -> Starlette:
         ],
         exception_handlers={work.Refused: unprocessable, IntegrityError: conflict},
     )
-    app.add_middleware(DatabaseSessionMiddleware, database)
+    app.add_middleware(DatabaseSessionMiddleware, database, **options)
     return app
