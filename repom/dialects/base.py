@@ -90,6 +90,18 @@ class Support:
         """Whether `error`, which ended the connection, is the server's answer to COMMIT."""
         return False
 
+    def is_last_word(self, error: Exception) -> bool:
+        """Whether the server, having said `error`, closes the connection."""
+        return False
+
+    def is_demoted(self, error: Exception) -> bool:
+        """Whether `error` says that this server takes no writes any more, or not for now.
+
+        It lives and answers reads. In a transaction that was declared read-only the error may
+        be the application's own mistake; then it is not asked for.
+        """
+        return False
+
     def connect_failed(self, error: Exception) -> RepomError:
         """The error to raise when no connection could be made."""
         said = " ".join(str(error).split())  # psycopg takes several lines
@@ -190,7 +202,13 @@ class Support:
             _roll_back(connection)
         elif isinstance(error, RepomError):
             return None  # the database has not been asked
-        elif context.is_disconnect:
+        elif self.is_demoted(error) and not _is_declared_read_only(connection):
+            # As if it was lost. So the whole pool is renewed: its other connections were opened
+            # when this server was the one that writes, and would fail one after the other.
+            context.is_disconnect = True
+        elif context.is_disconnect or self.is_last_word(error):
+            # The driver may see the end of the connection a moment after what was said last.
+            context.is_disconnect = True
             if commit_sent and not self.is_answer(error):
                 return CommitOutcomeUnknown(
                     "the connection was lost while COMMIT was in flight: the database may have "
@@ -213,6 +231,10 @@ def _roll_back(connection: Connection) -> None:
         connection.dialect.do_rollback(connection.connection)
     except Exception as error:
         connection.invalidate(error)
+
+
+def _is_declared_read_only(connection: Connection) -> bool:
+    return bool(connection.get_execution_options().get("postgresql_readonly"))
 
 
 def aborted() -> TransactionAbortedError:

@@ -10,6 +10,7 @@ from sqlalchemy import URL, Engine, event
 from sqlalchemy.pool import PoolProxiedConnection
 
 from repom.dialects.base import Support, aborted
+from repom.dialects.hosts import TIMEOUT, connect_to_one, has_several_hosts
 
 POSTGRESQL_DRIVERS = frozenset({"asyncpg", "psycopg", "psycopg_async", "psycopg2"})
 
@@ -19,6 +20,10 @@ _IN_ERROR = 3
 _CONSEQUENCE = "25P02"
 # Class 08, connection exception: found by the driver, and not said by the server.
 _CONNECTION_CLASS = "08"
+
+# admin_shutdown, crash_shutdown, cannot_connect_now: all of them FATAL
+_LAST_WORDS = frozenset({"57P01", "57P02", "57P03"})
+_READ_ONLY = "25006"  # read_only_sql_transaction
 
 
 class PostgreSQL(Support):
@@ -48,6 +53,12 @@ class PostgreSQL(Support):
             args["prepared_statement_cache_size"] = 0
         elif self.pgbouncer and self.driver != "psycopg2":
             args["prepare_threshold"] = None
+        if has_several_hosts(self.url, args):
+            if self.driver == "asyncpg":
+                args.setdefault("async_creator_fn", connect_to_one)
+            elif "connect_timeout" not in self.url.query:
+                # libpq's own is for ever, psycopg's more than two minutes
+                args.setdefault("connect_timeout", TIMEOUT)
         return args
 
     def install(self, engine: Engine) -> None:
@@ -81,6 +92,12 @@ class PostgreSQL(Support):
                 return True
             cause = cause.__cause__
         return False
+
+    def is_last_word(self, error: Exception) -> bool:
+        return sqlstate(error) in _LAST_WORDS
+
+    def is_demoted(self, error: Exception) -> bool:
+        return sqlstate(error) == _READ_ONLY
 
     def abandon(self, driver_connection: Any) -> None:
         if self.driver == "asyncpg":
