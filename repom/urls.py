@@ -220,6 +220,11 @@ _HOSTS = (
     "has several hosts before the database's name.\n"
     "For asyncpg and psycopg write postgresql://user:password@/database?host=H1:P1&host=H2:P2."
 )
+_ONE_HOST = (
+    "has several hosts, and the drivers of MySQL and MariaDB connect to one.\n"
+    "Write the host of a proxy before the servers (ProxySQL, MaxScale, HAProxy), or a name that\n"
+    "always leads to the one that takes writes."
+)
 
 # What SQLAlchemy does not take for user and password. Three slashes: there is no such part.
 _AFTER_LOGIN = re.compile(r"[\w+]+://(?!/)(?:[^:/]*(?::[^@]*)?@)?(.*)", re.DOTALL)
@@ -232,9 +237,9 @@ def parse_url(url: str | URL) -> URL:
     `postgres://` becomes `postgresql://`.
 
     Raises:
-        DatabaseURLError: it cannot be read, or has several hosts before the database's name, or an
-            unencoded `@` that would make a part of the password the host. Neither the message nor
-            an error in its chain holds the password.
+        DatabaseURLError: it cannot be read, or has several hosts where its driver takes none or
+            before the database's name, or an unencoded `@` that would make a part of the password
+            the host. Neither the message nor an error in its chain holds the password.
     """
     if isinstance(url, str):
         match = _AFTER_LOGIN.match(url)
@@ -252,12 +257,23 @@ def parse_url(url: str | URL) -> URL:
         problem = _BAD_PORT
     if "@" in rest:
         problem = _STRAY_AT
+    elif parsed is not None and _is_mysql(parsed) and _several(parsed):
+        problem = _ONE_HOST
     elif "," in re.split("[/?]", rest)[0] and (problem or text.startswith("postgres")):
-        problem = _HOSTS
+        problem = _ONE_HOST if text.startswith(("mysql", "mariadb")) else _HOSTS
     if parsed is None or problem:
         # Not raised in `except`: SQLAlchemy's error, which quotes the URL, would be its context.
         raise DatabaseURLError(f"The database URL {redact(text)} {problem}")
     return parsed.set(drivername=re.sub(r"^postgres(?=\+|$)", "postgresql", parsed.drivername))
+
+
+def _is_mysql(url: URL) -> bool:
+    return url.get_backend_name() in ("mysql", "mariadb")
+
+
+def _several(url: URL) -> bool:
+    host = url.query.get("host") or url.host or ""
+    return "," in host if isinstance(host, str) else len(host) > 1
 
 
 def redact(text: str) -> str:

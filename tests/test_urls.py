@@ -544,6 +544,11 @@ UNREADABLE = {
     "hosts-one-port": ("postgresql://u:SECRET@a,b:2/d", "postgresql://u:***@a,b:2/d has several"),
     "hosts-no-user": ("postgresql://a:1,b:2/d", "postgresql://a:*** has several hosts"),
     "hosts-mysql": ("mysql://u:SECRET@a:1,b:2/d", "mysql://u:***@a:1,b:2/d has several hosts"),
+    "hosts-mysql-no-port": ("mysql://u:SECRET@a,b/d", "mysql://u:***@a,b/d has several hosts"),
+    "hosts-mariadb-query": (
+        "mariadb+aiomysql://u:SECRET@/d?host=a&host=b",
+        "mariadb+aiomysql://u:***@/d?host=a&host=b has several hosts",
+    ),
 }
 
 

@@ -96,6 +96,18 @@ class Support:
         """Whether `error`, the server's answer to COMMIT, says that it does not know itself."""
         return False
 
+    def is_last_word(self, error: Exception) -> bool:
+        """Whether the server, having said `error`, closes the connection."""
+        return False
+
+    def is_demoted(self, error: Exception) -> bool:
+        """Whether `error` says that this server takes no writes any more, or not for now.
+
+        It lives and answers reads. In a transaction that was declared read-only the error may
+        be the application's own mistake; then it is not asked for.
+        """
+        return False
+
     def connect_failed(self, error: Exception) -> RepomError:
         """The error to raise when no connection could be made."""
         said = " ".join(str(error).split())  # psycopg takes several lines
@@ -193,6 +205,9 @@ class Support:
             return None
         info = connection.info
         commit_sent = info.pop(_COMMIT_SENT, False)
+        if self.is_last_word(error):
+            # The driver may see the end of the connection a moment after what was said last.
+            context.is_disconnect = True
         why = self._why_unknown(error, context.is_disconnect) if commit_sent else None
         if why is not None:
             if not context.is_disconnect:
@@ -207,6 +222,10 @@ class Support:
             _roll_back(connection)
         elif isinstance(error, RepomError):
             return None  # the database has not been asked
+        elif self.is_demoted(error) and not _is_declared_read_only(connection):
+            # As if it was lost. So the whole pool is renewed: its other connections were opened
+            # when this server was the one that writes, and would fail one after the other.
+            context.is_disconnect = True
         elif context.is_disconnect:
             pass  # the server undoes it
         elif commit_sent:
@@ -236,6 +255,10 @@ def _roll_back(connection: Connection) -> None:
         connection.dialect.do_rollback(connection.connection)
     except Exception as error:
         connection.invalidate(error)
+
+
+def _is_declared_read_only(connection: Connection) -> bool:
+    return bool(connection.get_execution_options().get("postgresql_readonly"))
 
 
 def aborted() -> TransactionAbortedError:

@@ -26,6 +26,15 @@ _ABORTS = frozenset(
 # with innodb_rollback_on_timeout.
 _LOCK_WAIT_TIMEOUT = 1205
 
+_SHUTDOWN = 1053  # ER_SERVER_SHUTDOWN
+_OPTION_PREVENTS = 1290  # ER_OPTION_PREVENTS_STATEMENT, of which option the message says
+_DEMOTED = frozenset(
+    {
+        1836,  # ER_READ_ONLY_MODE
+        1047,  # of a Galera node that has no quorum, or is joining
+    }
+)
+
 
 class MySQL(Support):
     """Remembers that the server rolled back, because the connection does not show it."""
@@ -40,6 +49,16 @@ class MySQL(Support):
 
     def aborts(self, error: Exception, driver_connection: Any) -> bool:
         return errno(error) in self._aborts
+
+    def is_last_word(self, error: Exception) -> bool:
+        return errno(error) == _SHUTDOWN
+
+    def is_demoted(self, error: Exception) -> bool:
+        number = errno(error)
+        if number == _OPTION_PREVENTS:
+            # `--read-only` or `--super-read-only`; the words around it are the server's language
+            return "read-only" in str(error).replace("_", "-")
+        return number in _DEMOTED
 
     def abandon(self, driver_connection: Any) -> None:
         driver_connection.close()

@@ -10,6 +10,7 @@ from sqlalchemy import URL, Engine, event
 from sqlalchemy.pool import PoolProxiedConnection
 
 from repom.dialects.base import Support, aborted
+from repom.dialects.hosts import TIMEOUT, connect_to_one, has_several_hosts
 
 POSTGRESQL_DRIVERS = frozenset({"asyncpg", "psycopg", "psycopg_async", "psycopg2"})
 
@@ -29,6 +30,10 @@ _UNDECIDED = frozenset(
         "XXA00",  # CockroachDB: it has happened, but for a part of its DDL
     }
 )
+
+# admin_shutdown, crash_shutdown, cannot_connect_now: all of them FATAL
+_LAST_WORDS = frozenset({"57P01", "57P02", "57P03"})
+_READ_ONLY = "25006"  # read_only_sql_transaction
 
 
 class PostgreSQL(Support):
@@ -58,6 +63,12 @@ class PostgreSQL(Support):
             args["prepared_statement_cache_size"] = 0
         elif self.pgbouncer and self.driver != "psycopg2":
             args["prepare_threshold"] = None
+        if has_several_hosts(self.url, args):
+            if self.driver == "asyncpg":
+                args.setdefault("async_creator_fn", connect_to_one)
+            elif "connect_timeout" not in self.url.query:
+                # libpq's own is for ever, psycopg's more than two minutes
+                args.setdefault("connect_timeout", TIMEOUT)
         return args
 
     def install(self, engine: Engine) -> None:
@@ -89,6 +100,12 @@ class PostgreSQL(Support):
 
     def is_undecided(self, error: Exception) -> bool:
         return not _UNDECIDED.isdisjoint(_sqlstates(error))
+
+    def is_last_word(self, error: Exception) -> bool:
+        return sqlstate(error) in _LAST_WORDS
+
+    def is_demoted(self, error: Exception) -> bool:
+        return sqlstate(error) == _READ_ONLY
 
     def abandon(self, driver_connection: Any) -> None:
         if self.driver == "asyncpg":

@@ -210,6 +210,9 @@ class ReadOnly(Support):
         # A COMMIT without an answer leaves nothing unknown: there was nothing to write.
         return True
 
+    def is_demoted(self, error: Exception) -> bool:
+        return False  # it says the same of a write, and reads go on
+
     def is_refusal(self, error: Exception) -> bool:
         """Whether the database has refused a write with `error`, for being one."""
         raise NotImplementedError  # pragma: no cover - each dialect has its own

@@ -21,7 +21,7 @@ async def created() -> Answer:
 
 
 async def posted() -> Answer:
-    await work.create(await request.get_data(as_text=True))
+    await work.create(str(await request.get_data(as_text=True)))
     return "", 201
 
 
