@@ -30,6 +30,7 @@ from repom.dialects.sqlite import (
 )
 from repom.errors import ConfigurationError
 from repom.loops import LoopEngines, close_returned
+from repom.on_begin import OnBegin, telling_async_class, telling_class, telling_kwargs
 from repom.sessionmakers import LoopSessionmaker, SyncSessionmaker
 from repom.urls import parse_url, require_driver, safe, to_async, to_sync
 
@@ -105,6 +106,10 @@ class Database(Generic[AsyncSessionT, SessionT]):
             decides: "IMMEDIATE" where it may write, "DEFERRED" where it only reads.
         pgbouncer: the server is a PgBouncer in transaction mode; switches the driver's
             prepared statements off.
+        on_begin: `on_begin(connection)` is called at the begin of every transaction of a
+            session, before its first statement, with the sync `Connection` of async sessions too.
+            What it sets by `SET LOCAL` ends with that transaction. An error of it fails the
+            statement that has begun the transaction, and all that follow until the rollback.
 
     Raises:
         DatabaseURLError: the URL cannot be parsed.
@@ -125,6 +130,7 @@ class Database(Generic[AsyncSessionT, SessionT]):
         sync_session_class: type[SessionT] = Session,  # type: ignore[assignment]
         sqlite_begin: Begin | None = None,
         pgbouncer: bool = False,
+        on_begin: OnBegin | None = None,
     ) -> None:
         self.url = parse_url(url)
         self.engine_kwargs = {**RepomConfig.DEFAULT_ENGINE_KWARGS, **(engine_kwargs or {})}
@@ -133,6 +139,11 @@ class Database(Generic[AsyncSessionT, SessionT]):
         self.sync_session_class = sync_session_class
         self.sqlite_begin: Begin | None = sqlite_begin
         self.pgbouncer = pgbouncer
+        self.on_begin = on_begin
+        if on_begin is not None:
+            self.session_class = telling_async_class(self.session_class)
+            self.sync_session_class = telling_class(self.sync_session_class)
+            self.session_kwargs = telling_kwargs(self.session_kwargs, on_begin)
         self.is_sqlite = is_sqlite(self.url)
         #: The same database, read-only, once that was used; this one may be it itself.
         self._reading: Database | None = None
@@ -180,6 +191,7 @@ class Database(Generic[AsyncSessionT, SessionT]):
             sync_session_class=self.sync_session_class,
             sqlite_begin=self.sqlite_begin,
             pgbouncer=self.pgbouncer,
+            on_begin=self.on_begin,
         )
 
     def for_reading(self) -> Database:
