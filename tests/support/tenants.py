@@ -1,14 +1,18 @@
-"""Tenants that share one PostgreSQL database, kept apart by row-level security or by schemas."""
+"""Tenants: in one PostgreSQL database, kept apart by its policies or schemas, or one in each."""
 
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 
+import pytest
 from sqlalchemy import Connection, text
 from sqlalchemy.engine import make_url
 
-from tests.support.reader import execute
+from tests.support.polling import block_until
+from tests.support.reader import ask, connect, execute, rows
 
 #: Whose request, or job, this is.
 tenant: ContextVar[str] = ContextVar("tenant")
@@ -64,3 +68,53 @@ def tenants_url(postgres_url: str, *names: str) -> Iterator[str]:
         yield make_url(postgres_url).set(username=role).render_as_string(hide_password=False)
     finally:
         execute(postgres_url, f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+# --- a database for each
+
+NAMES = "abcde"
+
+_EMPTY = "DROP TABLE IF EXISTS note; CREATE TABLE note (text VARCHAR(100) NOT NULL)"
+
+
+@pytest.fixture(scope="session")
+def tenant_databases(postgres_database: str) -> Iterator[dict[str, str]]:
+    """The URLs of PostgreSQL databases by the names of tenants; a test uses `tenant_urls`."""
+    admin = make_url(postgres_database)
+    urls = {name: admin.set(database=f"{admin.database}_{name}") for name in NAMES}
+    for url in urls.values():
+        execute(postgres_database, f"CREATE DATABASE {url.database}")
+    yield {name: url.render_as_string(hide_password=False) for name, url in urls.items()}
+    for url in urls.values():
+        execute(postgres_database, f"DROP DATABASE {url.database} WITH (FORCE)")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def tenant_urls(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The URLs of databases by the names of tenants, each with an empty table of notes.
+
+    A connection that is left open fails the test.
+    """
+    urls = {name: f"sqlite:///{tmp_path / name}.sqlite3" for name in NAMES}
+    if request.param == "postgresql":
+        urls = request.getfixturevalue("tenant_databases")
+    for url in urls.values():
+        for statement in _EMPTY.split(";"):
+            execute(url, statement)
+    yield urls
+    block_until(lambda: connected(urls.values()) == 0)
+
+
+def texts(url: str) -> list[str]:
+    """What is committed in the database of one tenant."""
+    return [text for (text,) in rows(url, "SELECT text FROM note")]
+
+
+def connected(urls: Iterable[str]) -> int:
+    """How many databases have connections; for SQLite, how many connections aiosqlite has."""
+    urls = list(urls)
+    if urls[0].startswith("sqlite"):
+        return sum("_connection_worker" in thread.name for thread in threading.enumerate())
+    sql = "SELECT count(DISTINCT datname) FROM pg_stat_activity WHERE datname = ANY(%s)"
+    with closing(connect(urls[0].rpartition("/")[0] + "/postgres")) as connection:
+        return int(ask(connection, sql, [make_url(url).database for url in urls])[0][0])
