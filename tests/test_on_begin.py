@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, text
+from sqlalchemy import Column, Connection, MetaData, String, Table, insert, select, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -159,6 +159,25 @@ async def test_schemas_with_one_connection(postgres_url: str) -> None:
             await write_as(names[2])
         for name in names[:2]:
             assert rows(postgres_url, f"SELECT count(*) FROM {name}.note") == [(50,)]
+        await database.dispose()
+
+
+async def test_schemas_by_translation(postgres_url: str) -> None:
+    """`on_begin` may set options of the connection, too, which end with the transaction."""
+    note = Table("note", MetaData(), Column("tenant", String), Column("text", String))
+
+    def translate(connection: Connection) -> None:
+        connection.execution_options(schema_translate_map={None: tenant.get()})
+
+    with tenants_url(postgres_url, "a", "b") as url:
+        database = Database(url, engine_kwargs=ONE, on_begin=translate)
+        for name in "abab":
+            tenant.set(name)
+            async with session_scope(database) as session:
+                await session.execute(insert(note).values(tenant=name, text="x"))
+                assert set(await session.scalars(select(note.c.tenant))) == {name}
+        for name in "ab":
+            assert rows(postgres_url, f"SELECT count(*) FROM {name}.note") == [(2,)]
         await database.dispose()
 
 
