@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from repom.database import Database
 from repom.loops import CLOSE_TIMEOUT
 from repom.middleware.policy import ASGIApp, Message, Receive, Scope, Send
-from repom.registry import DEFAULT, Databases, configured_so_far
+from repom.registry import Databases, configured_so_far
 from repom.shield import run_to_end
 
 logger = logging.getLogger("repom.middleware")
@@ -41,14 +41,13 @@ async def refuse_to_start(error: Exception, receive: Receive, send: Send) -> Non
 
 def check(databases: Databases) -> None:
     """Raise what the first request would: unusable URL, missing driver, unwritable file."""
-    for _, database in databases.items() or [(DEFAULT, databases[DEFAULT])]:
+    for database in databases.to_check():
         database.check()
 
 
 async def dispose(databases: Databases) -> None:
     """Close the pooled connections of all the databases that may be in use."""
-    given = [database for _, database in databases.items()]
-    found = dict.fromkeys([*given, *configured_so_far()])
+    found = dict.fromkeys([*databases.to_dispose(), *configured_so_far()])
     # All of them, also if the server stops waiting; each has a time limit of its own.
     await run_to_end(_dispose_each(found), limit=(len(found) + 1) * CLOSE_TIMEOUT)
 

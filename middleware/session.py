@@ -18,6 +18,7 @@ from repom.errors import ConfigurationError
 from repom.managed import InnerCommits
 from repom.middleware.exchange import SCOPE_KEY, Exchange
 from repom.middleware.lifespan import check, refuse_to_start, run_lifespan
+from repom.middleware.per_request import Choose, PerRequest
 from repom.middleware.policy import (
     SAFE_METHODS,
     AnyASGIApp,
@@ -56,7 +57,10 @@ class DatabaseSessionMiddleware:
     Args:
         app: the ASGI application.
         database: None for the configured default; a `Database`; a URL; the name of a
-            configured database; or a mapping of names to databases, which commit in this order.
+            configured database; a mapping of names to databases, which commit in this order; or a
+            function that chooses the default one for each request, `choose(asgi_scope)`. It
+            returns a `Database` or a name. It is called when a session is first asked for, where
+            what it raises is raised, and must not be async.
         commit_on: `commit_on(status, asgi_scope)` says whether a response commits.
         read_only: `read_only(asgi_scope)` says whether a request only reads, see `session_scope`:
             True, False or "snapshot"; or one of these for all requests. `safe_methods` is
@@ -86,6 +90,7 @@ class DatabaseSessionMiddleware:
         | str
         | URL
         | Mapping[str, Database | RepomConfig | str | URL]
+        | Choose
         | None = None,
         *,
         commit_on: CommitOn = commits_on_success,
@@ -112,6 +117,7 @@ class DatabaseSessionMiddleware:
                 Replay, retries=retries, retry_on=retry_on, body_limit=retry_body_limit
             )
         self._given = database
+        self._is_per_request = callable(database)
 
     @cached_property
     def databases(self) -> Databases:
@@ -123,7 +129,12 @@ class DatabaseSessionMiddleware:
         Raises:
             ConfigurationError: what was given, or what is configured, cannot be used.
         """
-        return as_databases(self._given)
+        return PerRequest(self._given) if callable(self._given) else as_databases(self._given)
+
+    def _chosen_for(self, scope: Scope) -> Databases:
+        databases = self.databases
+        assert isinstance(databases, PerRequest)
+        return databases.of_request(scope)
 
     # `Any` for the sake of the frameworks' own types; see `AnyASGIApp`.
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -140,9 +151,7 @@ class DatabaseSessionMiddleware:
                 if kind == "http":
                     await self._serve(scope, receive, send)
                 else:
-                    scope[SCOPE_KEY] = self._websocket
-                    with _at(self._websocket):
-                        await self.app(scope, receive, send)
+                    await self._connect(scope, receive, send)
             finally:
                 # What is served with this dict next, by a layer that tries again, is another
                 # unit of work.
@@ -153,7 +162,7 @@ class DatabaseSessionMiddleware:
         if self.read_only:
             begin = self._reading(scope) or begin
         unit = SessionScope(
-            self.databases,
+            self._chosen_for(scope) if self._is_per_request else self.databases,
             label=Label(scope),
             begin=begin,
             inner_commits=self.inner_commits,
@@ -168,6 +177,17 @@ class DatabaseSessionMiddleware:
         if callable(read_only):
             read_only = checked_read_only(read_only(scope))
         return BeginOptions(read_only=read_only) if read_only else None
+
+    async def _connect(self, scope: Scope, receive: Receive, send: Send) -> None:
+        place = self._websocket
+        if self._is_per_request:
+            place = place.having(self._chosen_for(scope))
+        scope[SCOPE_KEY] = place
+        try:
+            with _at(place):
+                await self.app(scope, receive, send)
+        finally:
+            self._websocket.has_warned |= place.has_warned
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -208,6 +228,8 @@ class DatabaseSessionMiddleware:
 
     def _check_joined(self, outer: Databases) -> None:
         """A mounted app's own middleware joins the outer one, and ends nothing."""
+        if isinstance(self.databases, PerRequest):
+            self.databases.check_joined(outer)
         for name, database in self.databases.items():
             if outer[name] is not database:
                 raise ConfigurationError(

@@ -11,6 +11,7 @@ from repom.current import (
     on_rollback,
 )
 from repom.database import Database
+from repom.database_cache import DatabaseCache
 from repom.registry import get_database
 from repom.scope import SessionScope
 from repom.transaction import (
@@ -22,6 +23,7 @@ from repom.transaction import (
 
 __all__ = [
     "Database",
+    "DatabaseCache",
     "RepomConfig",
     "SessionScope",
     "atomic",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any, overload
 
@@ -43,6 +44,12 @@ class Outside:
         self.advice = advice
         self.is_connection = is_connection
         self.has_warned = False
+
+    def having(self, databases: Databases) -> Outside:
+        """The same place, where other databases are known."""
+        other = copy.copy(self)
+        other.databases = databases
+        return other
 
 
 @overload

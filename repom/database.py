@@ -29,7 +29,8 @@ from repom.dialects.sqlite import (
     queueing_engine,
 )
 from repom.errors import ConfigurationError
-from repom.loops import LoopEngines, close_returned
+from repom.loops import LoopEngines, close_returned, is_in_use
+from repom.on_begin import OnBegin, telling_async_class, telling_class, telling_kwargs
 from repom.sessionmakers import LoopSessionmaker, SyncSessionmaker
 from repom.urls import parse_url, require_driver, safe, to_async, to_sync
 
@@ -105,6 +106,10 @@ class Database(Generic[AsyncSessionT, SessionT]):
             decides: "IMMEDIATE" where it may write, "DEFERRED" where it only reads.
         pgbouncer: the server is a PgBouncer in transaction mode; switches the driver's
             prepared statements off.
+        on_begin: `on_begin(connection)` is called at the begin of every transaction of a
+            session, before its first statement, with the sync `Connection` of async sessions too.
+            What it sets by `SET LOCAL` ends with that transaction. An error of it fails the
+            statement that has begun the transaction, and all that follow until the rollback.
 
     Raises:
         DatabaseURLError: the URL cannot be parsed.
@@ -125,6 +130,7 @@ class Database(Generic[AsyncSessionT, SessionT]):
         sync_session_class: type[SessionT] = Session,  # type: ignore[assignment]
         sqlite_begin: Begin | None = None,
         pgbouncer: bool = False,
+        on_begin: OnBegin | None = None,
     ) -> None:
         self.url = parse_url(url)
         self.engine_kwargs = {**RepomConfig.DEFAULT_ENGINE_KWARGS, **(engine_kwargs or {})}
@@ -133,14 +139,21 @@ class Database(Generic[AsyncSessionT, SessionT]):
         self.sync_session_class = sync_session_class
         self.sqlite_begin: Begin | None = sqlite_begin
         self.pgbouncer = pgbouncer
+        self.on_begin = on_begin
+        if on_begin is not None:
+            self.session_class = telling_async_class(self.session_class)
+            self.sync_session_class = telling_class(self.sync_session_class)
+            self.session_kwargs = telling_kwargs(self.session_kwargs, on_begin)
         self.is_sqlite = is_sqlite(self.url)
         #: The same database, read-only, once that was used; this one may be it itself.
         self._reading: Database | None = None
         self._holds_read_only = False
         #: In tests, whose engines are used in place of its own.
         self.stand_in: Engines | None = None
+        #: Told of this object and of each engine that it makes for sessions of its own.
+        self.on_engine: Callable[[Database, Engine], None] | None = None
         self._async_engines = LoopEngines(
-            self.new_async_engine,
+            self._own_async_engine,
             lambda connection: self.async_support().abandon(connection),
             safe(self.url),
         )
@@ -180,6 +193,7 @@ class Database(Generic[AsyncSessionT, SessionT]):
             sync_session_class=self.sync_session_class,
             sqlite_begin=self.sqlite_begin,
             pgbouncer=self.pgbouncer,
+            on_begin=self.on_begin,
         )
 
     def for_reading(self) -> Database:
@@ -190,7 +204,12 @@ class Database(Generic[AsyncSessionT, SessionT]):
                 reading.url, reading._memory_safe_url = self.url, self._memory_safe_url
                 reading.sqlite_begin = None
                 reading._holds_read_only = True
+                reading.on_engine = self._reading_made_engine
             return self._reading
+
+    def _reading_made_engine(self, reading: Database, engine: Engine) -> None:
+        if self.on_engine is not None:
+            self.on_engine(self, engine)
 
     def __repr__(self) -> str:
         return f"<Database {safe(self.url)}>"
@@ -221,6 +240,8 @@ class Database(Generic[AsyncSessionT, SessionT]):
         with self._mutex:
             if self._sync_engine is None:
                 self._sync_engine = self.new_engine()
+                if self.on_engine is not None:
+                    self.on_engine(self, self._sync_engine)
             return self._sync_engine
 
     def async_bind(self, options: BeginOptions) -> AsyncEngine:
@@ -329,6 +350,20 @@ class Database(Generic[AsyncSessionT, SessionT]):
         """Close the pooled connections of the sync engine."""
         if self.stand_in is not None:
             self.stand_in.dispose_sync()
+        self._dispose_sync_engine()
+
+    def retire(self) -> None:
+        """Begin to close the pooled connections of all loops and of the sync engine.
+
+        Where a connection is in use they stay as they are. Waits for nothing; `dispose` does, for
+        what was begun on the running loop.
+        """
+        both = [self] if self._reading is None else [self, self._reading]
+        self._async_engines.retire(*(each._async_engines for each in both[1:]))
+        if not any(each._is_sync_engine_in_use for each in both):
+            self._dispose_sync_engine()
+
+    def _dispose_sync_engine(self) -> None:
         with self._mutex:
             engine, self._sync_engine = self._sync_engine, None
             self._sync_variants.clear()
@@ -337,6 +372,19 @@ class Database(Generic[AsyncSessionT, SessionT]):
         if engine is not None:
             close_returned(engine)
             engine.dispose()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether none of its connections is in use, on any loop or by sync code."""
+        both = [self] if self._reading is None else [self, self._reading]
+        return not any(
+            each._is_sync_engine_in_use or each._async_engines.are_in_use for each in both
+        )
+
+    @property
+    def _is_sync_engine_in_use(self) -> bool:
+        engine = self._sync_engine
+        return engine is not None and is_in_use(engine)
 
     # --- making engines
 
@@ -356,6 +404,12 @@ class Database(Generic[AsyncSessionT, SessionT]):
         support = self.sync_support()
         engine = create_engine(support.url, **self._create_kwargs(support, engine_kwargs))
         support.install(engine)
+        return engine
+
+    def _own_async_engine(self) -> AsyncEngine:
+        engine = self.new_async_engine()
+        if self.on_engine is not None:
+            self.on_engine(self, engine.sync_engine)
         return engine
 
     def _variant(self, engine: Engine, options: BeginOptions) -> Engine:

@@ -12,6 +12,8 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+from contextvars import Context
 from typing import Any
 from weakref import WeakSet
 
@@ -28,11 +30,16 @@ CLOSE_TIMEOUT = 10.0
 
 
 class LoopEngine:
-    """The engine of one loop, and what hangs on it."""
+    """The engine of one loop, and what hangs on it.
 
-    def __init__(self, engine: AsyncEngine, guard: AsyncGenerator[None, None]) -> None:
+    Attributes:
+        guard: disposes of it when closed.
+    """
+
+    guard: AsyncGenerator[None, None]
+
+    def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
-        self.guard = guard
         #: The same engine with execution options, by these options.
         self.variants: dict[Any, AsyncEngine] = {}
         self._records: WeakSet[ConnectionPoolEntry] = WeakSet()
@@ -78,6 +85,8 @@ class LoopEngines:
         self._engines: dict[asyncio.AbstractEventLoop, LoopEngine] = {}
         # Disposed of when connections were in use, which are closed when they come back.
         self._in_use: list[tuple[asyncio.AbstractEventLoop, LoopEngine]] = []
+        # What `retire` has begun.
+        self._retiring: set[asyncio.Task[None]] = set()
         self._mutex = threading.Lock()
 
     def here(self) -> LoopEngine:
@@ -90,27 +99,69 @@ class LoopEngines:
         found = self._engines.get(loop)
         if found is None:
             self._bury_closed_loops()
-            found = LoopEngine(self._create(), self._guard(loop))
+            found = LoopEngine(self._create())
+            found.guard = self._guard(loop, found)
             with self._mutex:
                 self._engines[loop] = found
             _start(found.guard)
         return found
 
+    @property
+    def are_in_use(self) -> bool:
+        """Whether one of their connections is out of its pool."""
+        return any(is_in_use(found.engine.sync_engine) for found in list(self._engines.values()))
+
     async def dispose(self) -> None:
         """Dispose of the running loop's engine; the next use makes a new one."""
-        found = self._engines.get(asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        found = self._engines.get(loop)
         if found is not None:
             await found.guard.aclose()
+        retiring = [task for task in self._retiring if task.get_loop() is loop]
+        if retiring:
+            await asyncio.wait(retiring)
 
-    async def _guard(self, loop: asyncio.AbstractEventLoop) -> AsyncGenerator[None, None]:
+    def retire(self, *others: LoopEngines) -> None:
+        """Dispose of the engine of every loop, on that loop, unless one of its connections is out.
+
+        Waits for nothing: a loop closes its connections when it comes to it.
+
+        Args:
+            others: whose engines are in use, or not, together with these.
+        """
+        group = (self, *others)
+        for engines in group:
+            engines._bury_closed_loops()
+        here = asyncio._get_running_loop()
+        for loop in dict.fromkeys(loop for engines in group for loop in list(engines._engines)):
+            if loop is here:
+                _retire_on(loop, group)
+            else:
+                with suppress(RuntimeError):  # closed meanwhile, by which it has done the same
+                    loop.call_soon_threadsafe(_retire_on, loop, group)
+
+    def _retire(self, loop: asyncio.AbstractEventLoop, engine: LoopEngine) -> None:
+        self._forget(loop, engine)  # before anybody can take a connection of it
+        # In no context: the one here is of whoever happens to use another database.
+        task = Context().run(loop.create_task, _close_guard(engine))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    def _forget(self, loop: asyncio.AbstractEventLoop, engine: LoopEngine) -> None:
+        with self._mutex:
+            if self._engines.get(loop) is engine:
+                del self._engines[loop]
+
+    async def _guard(
+        self, loop: asyncio.AbstractEventLoop, engine: LoopEngine
+    ) -> AsyncGenerator[None, None]:
         """Dispose of the engine of `loop` when closed, at the latest by the loop itself."""
         try:
             yield
         finally:
-            with self._mutex:
-                found = self._engines.pop(loop)
+            self._forget(loop, engine)
             # Nobody could find the connections that a cancelled disposal had left open.
-            await run_to_end(self._dispose(loop, found), limit=CLOSE_TIMEOUT)
+            await run_to_end(self._dispose(loop, engine), limit=CLOSE_TIMEOUT)
 
     async def _dispose(self, loop: asyncio.AbstractEventLoop, engine: LoopEngine) -> None:
         try:
@@ -155,6 +206,23 @@ class LoopEngines:
                     len(connections),
                     self._name,
                 )
+
+
+def is_in_use(engine: Engine) -> bool:
+    """Whether a connection of `engine` is out of its pool; of a pool that keeps none, False."""
+    checked_out: Callable[[], int] | None = getattr(engine.pool, "checkedout", None)
+    return checked_out is not None and checked_out() > 0
+
+
+def _retire_on(loop: asyncio.AbstractEventLoop, group: tuple[LoopEngines, ...]) -> None:
+    found = [(each, each._engines[loop]) for each in group if loop in each._engines]
+    if not any(is_in_use(engine.engine.sync_engine) for _, engine in found):
+        for each, engine in found:
+            each._retire(loop, engine)
+
+
+async def _close_guard(engine: LoopEngine) -> None:
+    await engine.guard.aclose()
 
 
 def close_returned(engine: Engine) -> None:

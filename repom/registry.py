@@ -27,7 +27,7 @@ class Databases:
         given: Mapping[str, Database | RepomConfig | str | URL],
         default: str | Database = DEFAULT,
     ) -> None:
-        self._by_name = {name: _database(name, value) for name, value in given.items()}
+        self._by_name = {name: to_database(name, value) for name, value in given.items()}
         self._default = default
 
     def __getitem__(self, database: str | Database | None) -> Database:
@@ -48,6 +48,14 @@ class Databases:
         if self._default != DEFAULT:
             given[DEFAULT] = self[DEFAULT]
         return list(given.items())
+
+    def to_check(self) -> list[Database]:
+        """What is checked before the first request."""
+        return [database for _, database in self.items()] or [self[DEFAULT]]
+
+    def to_dispose(self) -> list[Database]:
+        """What is disposed of after the last one."""
+        return [database for _, database in self.items()]
 
     def overlaid(self, database: str | Database | None) -> Databases:
         """These databases, with `database` as the default one."""
@@ -79,7 +87,7 @@ def get_database(name: str = DEFAULT) -> Database:
             if name == DEFAULT:
                 _configured[name] = Database.from_config(config)
             elif name in config.databases:
-                _configured[name] = _database(name, config.databases[name])
+                _configured[name] = to_database(name, config.databases[name])
             else:
                 raise UnknownDatabaseError(_unknown(name, [DEFAULT, *config.databases]))
         return _configured[name]
@@ -124,7 +132,12 @@ def as_databases(
     return Databases({DEFAULT: database})
 
 
-def _database(name: str, value: object) -> Database:
+def to_database(name: str, value: object) -> Database:
+    """What `value` stands for, which somebody gave for `name`.
+
+    Raises:
+        ConfigurationError: it is none of a `Database`, a configuration, a URL.
+    """
     if isinstance(value, Database):
         return value
     if isinstance(value, RepomConfig):

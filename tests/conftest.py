@@ -16,6 +16,7 @@ from tests.support.databases import (
     sqlite_url,
 )
 from tests.support.leaks import no_task_left, nothing_left_behind
+from tests.support.tenants import tenant_databases, tenant_urls
 
 __all__ = [
     "database_url",
@@ -26,6 +27,8 @@ __all__ = [
     "postgres_database",
     "postgres_url",
     "sqlite_url",
+    "tenant_databases",
+    "tenant_urls",
 ]
 
 

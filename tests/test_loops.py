@@ -259,6 +259,46 @@ async def test_a_connection_in_use_is_closed_when_it_comes_back(url: str) -> Non
     block_until(lambda: open_connections(url) == 0)
 
 
+async def test_retire_closes_what_nobody_uses(url: str) -> None:
+    """`retire()` leaves an engine alone while a connection of it is out, and closes it after that.
+    The next use opens new connections."""
+    database = Database(url)
+    engine = await use(database)
+    async with engine.connect() as connection:
+        database.retire()
+        assert not database.is_idle
+        assert database.async_engine is engine
+        assert (await connection.execute(text("select 1"))).scalar() == 1
+    assert database.is_idle
+    database.retire()
+    assert database.async_engine is not engine
+    await until(lambda: open_connections(url) == 0)
+    await use(database)
+    await database.dispose()
+
+
+def test_retire_from_another_thread(url: str) -> None:
+    """A loop closes its own connections, unless one was taken before it has come to it."""
+    database = Database(url)
+
+    def retire() -> None:
+        thread = threading.Thread(target=database.retire)
+        thread.start()
+        thread.join()
+
+    async def main() -> None:
+        engine = await use(database)
+        retire()
+        async with engine.connect() as connection:
+            await connection.execute(text("select 1"))
+            assert database.async_engine is engine
+        retire()
+        await until(lambda: open_connections(url) == 0)
+        assert database.async_engine is not engine
+
+    asyncio.run(main())
+
+
 def test_an_unfinished_async_generator_does_not_keep_its_connection(url: str) -> None:
     """The end of `asyncio.run()` closes generators at the same time as it disposes."""
     database = Database(url)

@@ -19,6 +19,7 @@ from repom.database import ReadOnly
 from repom.errors import ReadOnlyError
 from tests.cluster.conftest import Cluster
 from tests.support.reader import execute, rows
+from tests.support.tenants import choose_rows, tenant
 
 TRANSACTIONS = 500
 AT_ONCE = 20
@@ -94,3 +95,21 @@ async def test_units_of_work_that_only_read(
     await asyncio.gather(*(work(ids) for _ in range(AT_ONCE)))
     await database.dispose()
     assert rows(postgres_url, "SELECT count(*), sum(id % 2) FROM item") == [(TRANSACTIONS // 5, 0)]
+async def test_what_on_begin_has_set(pgbouncer: Cluster, driver: str) -> None:
+    """Transactions of 20 tenants on three connections of the server: each finds its own tenant, and
+    one without `on_begin` none."""
+    url = make_url(pgbouncer.urls()["REPOM_PGBOUNCER_URL"]).set(drivername=f"postgresql+{driver}")
+    kwargs = {"pool_size": AT_ONCE}
+    database = Database(url, pgbouncer=True, engine_kwargs=kwargs, on_begin=choose_rows)
+    setting = text("SELECT current_setting('app.tenant', true)")
+
+    async def work(name: str) -> None:
+        tenant.set(name)
+        for _ in range(TRANSACTIONS // AT_ONCE):
+            async with session_scope(database) as session:
+                assert await session.scalar(setting) == name
+            async with database.async_engine.connect() as connection:
+                assert await connection.scalar(setting) in (None, "")
+
+    await asyncio.gather(*(work(f"tenant {number}") for number in range(AT_ONCE)))
+    await database.dispose()
