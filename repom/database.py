@@ -358,7 +358,7 @@ class Database(Generic[AsyncSessionT, SessionT]):
         Where a connection is in use they stay as they are. Waits for nothing; `dispose` does, for
         what was begun on the running loop.
         """
-        both = [self] if self._reading is None else [self, self._reading]
+        both = self._with_reading
         self._async_engines.retire(*(each._async_engines for each in both[1:]))
         if not any(each._is_sync_engine_in_use for each in both):
             self._dispose_sync_engine()
@@ -376,10 +376,14 @@ class Database(Generic[AsyncSessionT, SessionT]):
     @property
     def is_idle(self) -> bool:
         """Whether none of its connections is in use, on any loop or by sync code."""
-        both = [self] if self._reading is None else [self, self._reading]
         return not any(
-            each._is_sync_engine_in_use or each._async_engines.are_in_use for each in both
+            each._is_sync_engine_in_use or each._async_engines.are_in_use
+            for each in self._with_reading
         )
+
+    @property
+    def _with_reading(self) -> list[Database[Any, Any]]:
+        return [self] if self._reading is None else [self, self._reading]
 
     @property
     def _is_sync_engine_in_use(self) -> bool:
