@@ -93,7 +93,12 @@ class Exchange:
                 try:
                     await app(self._asgi_scope, receive, self.send)
                 finally:
-                    await self._wait_for_sender()
+                    turn = self._turn
+                    if turn is not None and turn.is_taken:
+                        # A task is about to answer, though the app that started it has ended.
+                        # What it answers is being committed, and whoever is outside answers
+                        # otherwise.
+                        await run_to_end(_wait_for(turn), limit=unit.end_timeout)
             except Exception as error:
                 if self._failure is None:
                     raise
@@ -111,15 +116,8 @@ class Exchange:
             # mid-response has told the client nothing.
             complete = self._progress is Progress.COMPLETE
             self._progress = Progress.OVER
-            if complete and not self._commit and unit.in_transaction:
-                # It may be an endpoint whose time-out has been answered already.
-                logger.warning(
-                    "%s was answered by an error; what it has written after that was rolled back. "
-                    "Work that must outlive an error needs a transaction of its own: "
-                    "`async with session_scope()`.",
-                    unit.label,
-                )
-            await self._finish(commit=complete and self._commits())
+            if not unit.close_if_unused():
+                await self._finish(complete=complete)
         finally:
             unit.leave()
             # Its traceback leads back here. Without this the request would wait, with all that
@@ -160,15 +158,6 @@ class Exchange:
     def _is_settled(self, turn: Turn) -> bool:
         """Whether nothing that was ended, or is being ended, concerns the next message."""
         return not turn.is_taken and self._held is None and self._failure is None
-
-    async def _wait_for_sender(self) -> None:
-        """Let a task that is about to answer do so, though the app that started it has ended.
-
-        What it answers is being committed, and whoever is outside answers otherwise.
-        """
-        turn = self._turn
-        if turn is not None and turn.is_taken:
-            await run_to_end(_wait_for(turn), limit=self._unit.end_timeout)
 
     def _take(self, message: Message, *, ends: bool) -> Step:
         """Take the next message; raise if the client must not have it.
@@ -268,9 +257,18 @@ class Exchange:
             raise
         self._committed = commit
 
-    async def _finish(self, *, commit: bool) -> None:
+    async def _finish(self, *, complete: bool) -> None:
+        unit = self._unit
+        if complete and not self._commit and unit.in_transaction:
+            # It may be an endpoint whose time-out has been answered already.
+            logger.warning(
+                "%s was answered by an error; what it has written after that was rolled back. "
+                "Work that must outlive an error needs a transaction of its own: "
+                "`async with session_scope()`.",
+                unit.label,
+            )
         try:
-            await finish.finish(self._unit, commit=commit)
+            await finish.finish(unit, commit=complete and self._commits())
         except Exception as error:
             self._log_failure(error)
             raise

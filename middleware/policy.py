@@ -87,7 +87,7 @@ def body_bytes(message: Message) -> float:
         count: int | None = message.get("count")
         return math.inf if count is None else count  # to the end of the file
     body = message.get("body") or b""
-    return len(body) if isinstance(body, bytes) else memoryview(body).nbytes
+    return len(body) if type(body) is bytes else memoryview(body).nbytes
 
 
 def completes_body(message: Message, sent: float, announced: int | None) -> bool:
