@@ -149,7 +149,7 @@ class DatabaseSessionMiddleware:
         else:
             try:
                 if kind == "http":
-                    await self._serve(scope, receive, send)
+                    await self._exchange_for(scope, send).run(self.app, receive)
                 else:
                     await self._connect(scope, receive, send)
             finally:
@@ -157,7 +157,7 @@ class DatabaseSessionMiddleware:
                 # unit of work.
                 scope.pop(SCOPE_KEY, None)
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def _exchange_for(self, scope: Scope, send: Send) -> Exchange | Replay:
         begin = _SAFE if scope["method"] in SAFE_METHODS else _UNSAFE
         if self.read_only:
             begin = self._reading(scope) or begin
@@ -169,7 +169,8 @@ class DatabaseSessionMiddleware:
             end_timeout=self.end_timeout,
         )
         scope[SCOPE_KEY] = unit
-        await self._exchange(unit, self.commit_on, scope, send).run(self.app, receive)
+        exchange: Exchange | Replay = self._exchange(unit, self.commit_on, scope, send)
+        return exchange
 
     def _reading(self, scope: Scope) -> BeginOptions | None:
         """How a request begins that only reads; None if it may write."""
