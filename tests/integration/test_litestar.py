@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 from litestar import Litestar, Request, Response, Router, asgi, post
 from litestar.di import NamedDependency, Provide
-from litestar.exceptions import ClientException, NotFoundException
+from litestar.exceptions import (
+    ClientException,
+    NotFoundException,
+    PermissionDeniedException,
+)
 from litestar.middleware import DefineMiddleware
 from litestar.types import Scope
 from sqlalchemy import event, insert
@@ -18,7 +22,7 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 
-from repom import Database, current_session
+from repom import Database, current_scope, current_session
 from repom.middleware import DatabaseSessionMiddleware
 from repom.middleware.litestar import provide_session
 from tests.middleware.notes import (
@@ -192,6 +196,39 @@ async def test_handlers_of_the_inner_application_count(sqlite_url: str, outer: s
 async def orphan_of_starlette(request: Any) -> Any:
     await write("a", parent=NOWHERE)
     return PlainTextResponse("", 201)
+
+
+# --- a request that is repeated
+
+
+@post("/")
+async def lost_and_then_refused() -> None:
+    """Its first attempt fails at COMMIT, and has so, for Litestar, started a response."""
+    attempt = current_scope().attempt
+    await write("a", parent=NOWHERE if attempt == 1 else None)
+    if attempt == 2:
+        raise PermissionDeniedException
+
+
+@pytest.mark.parametrize("around", [False, True])
+async def test_answer_of_the_next_attempt(deferring: Database, around: bool) -> None:
+    """Litestar answers for what is raised in it, as in the first: it has not answered before."""
+
+    def retry_on(error: BaseException) -> bool:
+        return isinstance(error, IntegrityError)
+
+    options: dict[str, Any] = {"retries": 1, "retry_on": retry_on}
+    middleware = (
+        []
+        if around
+        else [DefineMiddleware(DatabaseSessionMiddleware, database=deferring, **options)]
+    )
+    app: Any = Litestar([lost_and_then_refused], middleware=middleware, openapi_config=None)
+    if around:
+        app = DatabaseSessionMiddleware(app, deferring, **options)
+    async with lifespan(app):
+        response = await request(app, "POST")
+    assert (response.status, response.complete, response.exception) == (403, True, None)
 
 
 # --- around the whole application
