@@ -154,14 +154,15 @@ class _Attempt(Exchange):
             return None
         finally:
             reading.is_over = True
+            # Left-over tasks keep their context, as pooled connections do, and with that the unit
+            # of work. But not the request with its body, nor what a traceback leads to.
             self._unit.observer = None
-            # Its traceback leads back here, and to all that the attempt has held.
             self._lost = self._watch.conflict = None
             del left, lost
 
     @property
     def _is_repeatable(self) -> bool:
-        return self._request.obstacle is None and not self._committed
+        return self._request.obstacle is None
 
     def _conflict_behind(self, error: Exception | None) -> Exception | None:
         """For what an attempt is to be repeated that ends in `error`, or in an error answer."""

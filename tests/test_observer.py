@@ -171,6 +171,16 @@ async def test_inner_commit_that_is_allowed_stays(database: Database) -> None:
     assert texts(database) == ["a"]
 
 
+@pytest.mark.filterwarnings("ignore:transaction already deassociated")
+async def test_commit_of_the_connection_stays(postgres: Database) -> None:
+    """Whoever has got hold of it can do that."""
+    async with observed(postgres) as observer:
+        await add("a")
+        connection = await current_session().connection()
+        await connection.commit()
+    assert (texts(postgres), observer.commits) == (["a"], 1)
+
+
 async def nothing_at_all(database: Database) -> None:
     async with session_scope():
         pass

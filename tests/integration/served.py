@@ -10,16 +10,18 @@ from collections.abc import AsyncIterator
 import asyncpg
 from fastapi import Depends, FastAPI, Request, WebSocket
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from sqlalchemy import insert, select
+from sqlalchemy import insert, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from repom import current_session, session_scope
+from repom import current_scope, current_session, session_scope
 from repom.async_session import get_async_db_session
 from repom.middleware import DatabaseSessionMiddleware
 from tests.middleware.notes import NOTE, NOWHERE, write
 from tests.promise.breaking import BreakingApp
 from tests.support.asgi import ASGIApp, Message, Receive, Scope, Send
+
+CONFLICT = "DO $$ BEGIN RAISE EXCEPTION 'conflict' USING ERRCODE = '40001'; END $$"
 
 
 async def conflict(request: Request, error: Exception) -> Response:
@@ -29,7 +31,7 @@ async def conflict(request: Request, error: Exception) -> Response:
 def app_for(url: str | None) -> FastAPI:
     """The app at `url`, or at the configured database."""
     app = FastAPI(exception_handlers={IntegrityError: conflict})
-    app.add_middleware(DatabaseSessionMiddleware, url)
+    app.add_middleware(DatabaseSessionMiddleware, url, retries=2)
 
     @app.post("/notes/{text}", status_code=201)
     async def create(text: str, session: AsyncSession = Depends(get_async_db_session)) -> str:
@@ -39,6 +41,12 @@ def app_for(url: str | None) -> FastAPI:
     @app.post("/refused", status_code=201)
     async def refused() -> None:
         await write("refused", parent=NOWHERE)
+
+    @app.post("/repeated", status_code=201)
+    async def repeated(request: Request) -> None:
+        await write(f"{len(await request.body())} bytes")
+        if current_scope().attempt < 3:
+            await current_session().execute(text(CONFLICT))
 
     @app.post("/broken")
     async def broken() -> StreamingResponse:
@@ -76,10 +84,10 @@ def app_for(url: str | None) -> FastAPI:
     @app.websocket("/")
     async def chat(connection: WebSocket) -> None:
         await connection.accept()
-        async for text in connection.iter_text():
+        async for said in connection.iter_text():
             async with session_scope():
-                await write(text)
-            await connection.send_text(text)
+                await write(said)
+            await connection.send_text(said)
 
     app.mount("/broken-apps", BreakingApp())
     return app

@@ -14,7 +14,7 @@ from websockets.sync.client import connect as connect_websocket
 from tests.integration.test_sockets import client_of, post
 from tests.middleware.notes import create_notes, notes
 from tests.support.polling import block_until
-from tests.support.reader import connections
+from tests.support.reader import connections, execute
 from tests.support.sockets import Process, free_port, serve_process
 
 APP = "tests.integration.served:app"
@@ -65,15 +65,21 @@ def serving(name: str, database_url: str, app: str = APP) -> Iterator[tuple[str,
 
 @pytest.mark.parametrize("name", SERVERS)
 def test_server(name: str, postgres_url: str) -> None:
-    """A 201 is committed, a failed COMMIT is the handler's answer, a broken body is seen to be
-    broken (one that breaks at once, too: the start before it tells what is committed), a client
-    that leaves has written nothing, a WebSocket message is a transaction; and when the server
-    stops, the connections are closed and nobody complains."""
+    """A 201 is committed, a failed COMMIT is the handler's answer, a request that has lost a
+    conflict is repeated with its body, a broken body is seen to be broken (one that breaks at
+    once, too: the start before it tells what is committed), a client that leaves has written
+    nothing, a WebSocket message is a transaction; and when the server stops, the connections are
+    closed and nobody complains."""
     with serving(name, postgres_url) as (base_url, process):
         with client_of(base_url) as client:
             assert post(client, "/notes/a") == 201
             assert notes(postgres_url) == ["a"]
             assert post(client, "/refused") == 409
+            client.request("POST", "/repeated", body=b"x" * 300_000)
+            answer = client.getresponse()
+            assert (answer.status, answer.read()) == (201, b"null")
+            assert notes(postgres_url) == ["a", "300000 bytes"]
+            execute(postgres_url, "DELETE FROM note WHERE text <> 'a'")
             client.sock.settimeout(1)  # Daphne leaves the connection open
             client.request("POST", "/broken")
             with pytest.raises((http.client.IncompleteRead, TimeoutError)):

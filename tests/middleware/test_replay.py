@@ -17,6 +17,8 @@ from sqlalchemy import event, insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -870,11 +872,77 @@ async def test_nothing_waits_for_the_garbage_collector(
     assert_created(response)
 
 
+async def test_pooled_connection_keeps_no_request(losing: Database) -> None:
+    """It keeps the context in which it was opened, and so the unit of work, but no more of it."""
+
+    class Request(dict[str, Any]):
+        """An ASGI scope that can be watched."""
+
+    async def respond(send: Send) -> None:
+        units.append(current_scope())
+        await write("a")
+        await answer(send, 201)
+
+    async def receive() -> Message:
+        raise AssertionError("nobody asks for the body")
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    units: list[object] = []
+    sent: list[Message] = []
+    asgi_scope = Request(type="http", method="POST", path="/", headers=[])
+    alive = weakref.ref(asgi_scope)
+    await DatabaseSessionMiddleware(responding(respond), losing, retries=1)(
+        asgi_scope, receive, send
+    )
+    del asgi_scope
+    assert alive() is None
+    assert len(units) == 1
+    assert sent[0]["status"] == 201
+
+
+class Layer(BaseHTTPMiddleware):
+    """As many applications have: it reads the body, and answers for all errors."""
+
+    async def dispatch(self, request: Request, call_next: Any) -> Response:
+        assert await request.body() == b"ab"
+        try:
+            response: Response = await call_next(request)
+        except DBAPIError:
+            return Response(status_code=500)
+        return response
+
+
+@pytest.mark.parametrize("place", ["inside", "outside"])
+@pytest.mark.parametrize("loses", ["in a statement", "at commit"])
+async def test_base_http_middleware(
+    losing: Database, postgres_url: str, place: str, loses: str
+) -> None:
+    """Around the application or around repom, it runs what is inside in a task of its own."""
+
+    async def endpoint(request: Request) -> Response:
+        await write(LOST if attempt() == 1 and loses == "at commit" else "a")
+        if attempt() == 1 and loses == "in a statement":
+            await lose()
+        return Response(await request.body(), status_code=201)
+
+    ours = Middleware(DatabaseSessionMiddleware, database=losing, retries=1)
+    layers = [ours, Middleware(Layer)] if place == "inside" else [Middleware(Layer), ours]
+    app = Starlette(routes=[Route("/", endpoint, methods=["POST"])], middleware=layers)
+    response = await request(app, "POST", body=[b"a", b"b"])
+    assert_created(response)
+    assert (response.body, notes(postgres_url)) == (b"ab", ["a"])
+
+
 # --- a client that leaves
 
 
-async def test_client_that_has_left_before(losing: Database) -> None:
+async def test_client_that_has_left_before(
+    losing: Database, caplog: pytest.LogCaptureFixture
+) -> None:
     """If the application has been told so."""
+    caplog.set_level(logging.INFO, "repom.middleware")
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
@@ -884,6 +952,9 @@ async def test_client_that_has_left_before(losing: Database) -> None:
     response, attempts = await post(app, losing, disconnect_after=0)
     assert isinstance(response.exception, DBAPIError)
     assert attempts == [1]
+    assert caplog.messages == [
+        "POST /notes has lost a conflict, and is not repeated: the client is gone"
+    ]
 
 
 @pytest.mark.parametrize("reads", [True, False])
