@@ -108,7 +108,9 @@ class DatabaseSessionMiddleware:
         Attempts(retries)  # which refuses what is no number of them
         self.app: ASGIApp = app
         self.commit_on = commit_on
-        self.read_only = read_only if callable(read_only) else checked_read_only(read_only)
+        self.read_only: ReadOnly | ReadOnlyFor = (
+            read_only if callable(read_only) else checked_read_only(read_only)
+        )
         self.inner_commits: InnerCommits = inner_commits
         self.end_timeout = end_timeout
         self._exchange: Any = Exchange

@@ -469,6 +469,8 @@ class Database(Generic[AsyncSessionT, SessionT]):
             sqlite_begin=self.sqlite_begin,
             pgbouncer=self.pgbouncer,
             read_only=self._holds_read_only,
+            # What it sets is for the statements of one transaction.
+            in_transactions=self.on_begin is not None,
         )
 
     def _create_kwargs(self, support: Support, given: Mapping[str, Any]) -> dict[str, Any]:

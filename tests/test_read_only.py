@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import Connection, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
@@ -25,7 +25,7 @@ from repom import (
 from repom.async_session import get_async_db_session
 from repom.database import ReadOnly
 from repom.errors import ReadOnlyError
-from tests.support.units import Note, assert_nothing_open, database, sqlite, texts
+from tests.support.units import Note, assert_nothing_open, database, sqlite, texts, url_of
 
 __all__ = ["database", "sqlite"]
 
@@ -235,6 +235,32 @@ async def test_the_classes_of_the_application(sqlite_url: str) -> None:
         sync_session.execute(text("SELECT 1"))
     assert OwnSession.ends == ["commit"]
     await database.dispose()
+
+
+@both
+async def test_on_begin(database: Database, read_only: ReadOnly) -> None:
+    """What it sets is for one transaction, so there is one: the statements of the unit of work
+    are in it, and no others."""
+    begun: list[bool] = []
+
+    def on_begin(connection: Connection) -> None:
+        if connection.dialect.name == "postgresql":
+            connection.execute(text("SET LOCAL search_path = tenant, public"))
+        begun.append(connection.in_transaction())
+
+    telling = Database(url_of(database), on_begin=on_begin, engine_kwargs={"pool_size": 1})
+    for number in (1, 2):
+        async with session_scope(telling, read_only=read_only) as session:
+            assert (await session.scalars(select(Note))).all() == []
+            if database.url.get_backend_name() == "postgresql":
+                assert await session.scalar(text("SHOW search_path")) == "tenant, public"
+                assert await session.scalar(text("SHOW transaction_read_only")) == "on"
+        assert begun == [True] * number
+    with pytest.raises(ReadOnlyError):
+        async with session_scope(telling, read_only=read_only) as session:
+            session.add(Note(text="a"))
+    await telling.dispose()
+    assert_nothing_open(database)
 
 
 async def test_pools(database: Database) -> None:

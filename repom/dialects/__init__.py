@@ -10,7 +10,7 @@ from sqlalchemy import URL
 from repom.dialects.base import Support
 from repom.dialects.mysql import MySQL
 from repom.dialects.postgresql import POSTGRESQL_DRIVERS, PostgreSQL
-from repom.dialects.read_only import ReadOnlyMySQL, ReadOnlyPostgreSQL, ReadOnlySQLite
+from repom.dialects.read_only import ReadOnly, ReadOnlyMySQL, ReadOnlyPostgreSQL, ReadOnlySQLite
 from repom.dialects.sqlite import Begin, SQLite, is_sqlite
 from repom.errors import ConfigurationError
 from repom.urls import safe
@@ -26,6 +26,7 @@ def support_for(
     sqlite_begin: Begin | None = None,
     pgbouncer: bool = False,
     read_only: bool = False,
+    in_transactions: bool = False,
 ) -> Support:
     """The support for the dialect of `url`; the plain one for what repom knows nothing of.
 
@@ -36,12 +37,17 @@ def support_for(
         sqlite_begin: see `Database`.
         pgbouncer: see `Database`.
         read_only: whether the database is to hold the connections read-only.
+        in_transactions: whether what only reads needs a transaction for that, too.
 
     Raises:
         ConfigurationError: how this database does that is not known.
     """
     if read_only:
-        return _read_only_support_for(url, connect_args, is_async=is_async, pgbouncer=pgbouncer)
+        support = _read_only_support_for(url, connect_args, is_async, pgbouncer)
+        # Of PgBouncer's and of memory databases see their classes.
+        in_memory = isinstance(support, ReadOnlySQLite) and support.is_memory
+        support.in_autocommit = not (in_transactions or pgbouncer or in_memory)
+        return support
     match url.get_backend_name():
         case "sqlite" if is_sqlite(url):
             return SQLite(url, connect_args, is_async=is_async, begin=sqlite_begin or "DEFERRED")
@@ -54,8 +60,8 @@ def support_for(
 
 
 def _read_only_support_for(
-    url: URL, connect_args: Mapping[str, Any], *, is_async: bool, pgbouncer: bool
-) -> Support:
+    url: URL, connect_args: Mapping[str, Any], is_async: bool, pgbouncer: bool
+) -> ReadOnly:
     match url.get_backend_name():
         case "sqlite" if is_sqlite(url):
             return ReadOnlySQLite(url, connect_args, is_async=is_async)

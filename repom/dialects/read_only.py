@@ -96,9 +96,12 @@ def _next_is_snapshot(connection: Connection) -> None:
 
 
 class ReadOnly(Support):
-    """Holds the connections of an engine read-only, for as long as they live."""
+    """Holds the connections of an engine read-only, for as long as they live.
 
-    #: Whether a statement on its own can be executed without a transaction.
+    Attributes:
+        in_autocommit: whether statements are executed on their own, outside of a snapshot.
+    """
+
     in_autocommit = True
     #: Executed on each new connection; of a session, so that every transaction inherits it.
     hold: ClassVar[str]
@@ -107,6 +110,8 @@ class ReadOnly(Support):
     def engine_kwargs(self, given: Mapping[str, Any]) -> dict[str, Any]:
         kwargs = super().engine_kwargs(given)
         kwargs.pop("isolation_level", None)
+        if self.in_autocommit:
+            kwargs["isolation_level"] = "AUTOCOMMIT"
         return kwargs
 
     def install(self, engine: Engine) -> None:
@@ -253,16 +258,6 @@ class ReadOnlyPostgreSQL(ReadOnly, PostgreSQL):
 
     hold = "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"
 
-    @property
-    def in_autocommit(self) -> bool:  # type: ignore[override]
-        return not self.pgbouncer
-
-    def engine_kwargs(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        kwargs = super().engine_kwargs(given)
-        if self.in_autocommit:
-            kwargs["isolation_level"] = "AUTOCOMMIT"
-        return kwargs
-
     def install(self, engine: Engine) -> None:
         super().install(engine)
         if self.in_autocommit:
@@ -273,7 +268,8 @@ class ReadOnlyPostgreSQL(ReadOnly, PostgreSQL):
     def _hold(self, dbapi_connection: Any, record: Any) -> None:
         if self.in_autocommit:
             super()._hold(dbapi_connection, record)
-        else:  # the driver says it in each BEGIN
+        else:
+            # The driver says it in each BEGIN. Behind a PgBouncer the session is everybody's.
             self._dialect.set_readonly(dbapi_connection, True)
 
     def _begin_for_cursor(self, connection: PoolProxiedConnection) -> None:
@@ -313,10 +309,9 @@ class ReadOnlyMySQL(ReadOnly, MySQL):
 
     hold = "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"
 
-    def engine_kwargs(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        return super().engine_kwargs(given) | {"isolation_level": "AUTOCOMMIT"}
-
     def _enter(self, connection: PoolProxiedConnection, *, snapshot: bool) -> None:
+        if not snapshot:
+            return  # the driver's own, which begins with the first statement
         cursor = connection.cursor()
         try:
             cursor.execute("START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY")
@@ -345,9 +340,10 @@ class ReadOnlySQLite(ReadOnly, SQLite):
 
     hold = "PRAGMA query_only = ON"
 
-    @property
-    def in_autocommit(self) -> bool:  # type: ignore[override]
-        return not self.is_memory
+    def engine_kwargs(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        kwargs = super().engine_kwargs(given)
+        kwargs.pop("isolation_level", None)  # see below
+        return kwargs
 
     def connect_args(self, given: Mapping[str, Any]) -> dict[str, Any]:
         # None is the driver's autocommit: it begins nothing by itself.
