@@ -111,6 +111,9 @@ async def test_what_on_begin_has_set(pgbouncer: Cluster, driver: str) -> None:
         for _ in range(TRANSACTIONS // AT_ONCE):
             async with session_scope(database) as session:
                 assert await session.scalar(setting) == name
+            async with session_scope(database, read_only=True) as session:
+                for _ in range(2):
+                    assert await session.scalar(setting) == name
             async with database.async_engine.connect() as connection:
                 assert await connection.scalar(setting) in (None, "")
 
