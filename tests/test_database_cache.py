@@ -145,6 +145,32 @@ async def test_many_at_once(cache: DatabaseCache, tenant_urls: dict[str, str]) -
     await until(lambda: connected(tenant_urls.values()) == 0)
 
 
+@pytest.mark.parametrize("tenant_urls", ["postgresql"], indirect=True)
+async def test_units_of_work_that_only_read(
+    cache: DatabaseCache, tenant_urls: dict[str, str]
+) -> None:
+    """Their pools are those of the same database: closed with them, and in use with them."""
+    async with AsyncExitStack() as stack:
+        reading = await stack.enter_async_context(session_scope(cache["a"], read_only=True))
+        await reading.execute(READ)
+        for name in "abcd":
+            await use(cache[name])
+        assert opened(cache) == ["a", "d"]
+        await reading.execute(READ)
+    for name in "bc":
+        async with session_scope(cache[name], read_only=True) as session:
+            await session.execute(READ)
+    assert opened(cache) == ["b", "c"]
+    await until(lambda: connected(tenant_urls.values()) == 2)
+    with sync_session_scope(cache["a"], read_only=True) as sync_session:
+        sync_session.execute(READ)
+    assert opened(cache) == ["c", "a"]
+    await use(cache["b"])
+    await use(cache["c"])
+    await until(lambda: connected(tenant_urls.values()) == 2)
+    await cache.dispose()
+
+
 # --- sync code, and other loops
 
 

@@ -22,7 +22,7 @@ from repom import (
     session_scope,
     sync_session_scope,
 )
-from repom.errors import ConfigurationError, TransactionError
+from repom.errors import ConfigurationError, ReadOnlyError, TransactionError
 from tests.support.cancelling import CANCELLING, cancelled_at
 from tests.support.reader import connections, rows
 from tests.support.tenants import choose_rows, choose_schema, tenant, tenants_url
@@ -128,6 +128,38 @@ async def test_row_level_security_and_cancellation(rows_url: str, how: Any) -> N
     await database.dispose()
 
 
+@pytest.mark.parametrize("read_only", [True, "snapshot"])
+async def test_units_of_work_that_only_read(rows_url: str, read_only: Any) -> None:
+    """They have the tenant as well, though they need a transaction for that: for each of their
+    statements, and for nobody else's."""
+    database = Database(rows_url, engine_kwargs=ONE, on_begin=choose_rows)
+    for name in "ab":
+        tenant.set(name)
+        async with session_scope(database) as session:
+            await session.execute(WRITE, {"text": "x"})
+
+    async def look_as(name: str) -> None:
+        tenant.set(name)
+        async with session_scope(database, read_only=read_only) as session:
+            for _ in range(2):
+                assert (await session.scalars(READ)).all() == [name]
+                assert await session.scalar(SETTING) == name
+            await session.rollback()
+            assert (await session.scalars(READ)).all() == [name]
+
+    await asyncio.gather(*(look_as(name) for name in "ab" * 20))
+    with pytest.raises(ReadOnlyError):
+        async with session_scope(database, read_only=read_only) as session:
+            await session.execute(WRITE, {"text": "y"})
+    await look_as("b")
+    async with database.for_reading().async_engine.connect() as connection:
+        assert await connection.scalar(SETTING) == ""
+    with sync_session_scope(database, read_only=read_only) as sync_session:
+        for _ in range(2):
+            assert sync_session.scalars(READ).all() == [tenant.get()]
+    await database.dispose()
+
+
 async def test_nothing_is_left_on_the_connection(rows_url: str) -> None:
     """A session that no `on_begin` was called for, on the connection of one it was called for,
     has no tenant: PostgreSQL has forgotten it with the transaction."""
@@ -157,6 +189,10 @@ async def test_schemas_with_one_connection(postgres_url: str) -> None:
         await asyncio.gather(*(write_as(name) for name in names[:2] * 50))
         with pytest.raises(DBAPIError, match='relation "note" does not exist'):
             await write_as(names[2])
+        for name in names[:2] * 2:
+            tenant.set(name)
+            async with session_scope(database, read_only=True) as session:
+                assert (await session.scalars(READ)).all() == [name]
         for name in names[:2]:
             assert rows(postgres_url, f"SELECT count(*) FROM {name}.note") == [(50,)]
         await database.dispose()

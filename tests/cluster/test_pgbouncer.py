@@ -97,6 +97,7 @@ async def test_units_of_work_that_only_read(
     assert rows(postgres_url, "SELECT count(*), sum(id % 2) FROM item") == [(TRANSACTIONS // 5, 0)]
 
 
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 async def test_what_on_begin_has_set(pgbouncer: Cluster, driver: str) -> None:
     """Transactions of 20 tenants on three connections of the server: each finds its own tenant, and
     one without `on_begin` none."""
@@ -110,6 +111,9 @@ async def test_what_on_begin_has_set(pgbouncer: Cluster, driver: str) -> None:
         for _ in range(TRANSACTIONS // AT_ONCE):
             async with session_scope(database) as session:
                 assert await session.scalar(setting) == name
+            async with session_scope(database, read_only=True) as session:
+                for _ in range(2):
+                    assert await session.scalar(setting) == name
             async with database.async_engine.connect() as connection:
                 assert await connection.scalar(setting) in (None, "")
 
