@@ -419,8 +419,7 @@ class Database(Generic[AsyncSessionT, SessionT]):
     def _variant(self, engine: Engine, options: BeginOptions) -> Engine:
         """`engine`, or one with the same pool whose transactions begin as `options` say."""
         engine = self.beginning(engine, options)
-        # What `on_begin` sets for a transaction needs one.
-        if options.read_only == "snapshot" or (options.read_only and self.on_begin is not None):
+        if options.read_only == "snapshot":
             engine = snapshot_engine(engine)
         if self.is_sqlite and options.isolation_level != "AUTOCOMMIT":
             begin = self.sqlite_begin or options.sqlite_begin

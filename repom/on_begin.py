@@ -15,7 +15,6 @@ from sqlalchemy import Connection, event
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
-from repom.dialects.read_only import has_transaction
 from repom.errors import ConfigurationError, TransactionError
 
 #: Called with the connection of the transaction that has just begun. No coroutine function: in
@@ -102,7 +101,7 @@ class _NotBegun(Connection):
 
 
 def _refuse_autocommit(connection: Any) -> None:
-    if connection._is_autocommit_isolation() and not has_transaction(connection):
+    if connection._is_autocommit_isolation():
         raise ConfigurationError(
             "this database has an on_begin, and no transactions: its isolation level is "
             "AUTOCOMMIT here.\nWhat on_begin sets for the transaction would be over before the "

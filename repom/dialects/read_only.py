@@ -84,11 +84,6 @@ def makes_writable(sql: str) -> bool:
     return _MAKES_WRITABLE.match(sql) is not None
 
 
-def has_transaction(connection: Connection) -> bool:
-    """Whether a read-only connection is in a transaction, of which SQLAlchemy does not know."""
-    return _IN_TRANSACTION in connection.info
-
-
 def snapshot_engine(engine: Engine) -> Engine:
     """The same engine of read-only connections, with transactions that see one state."""
     variant = engine.execution_options()
