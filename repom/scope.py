@@ -260,6 +260,11 @@ class SessionScope:
         return self.is_used and (self.in_transaction or not self.callbacks.is_empty)
 
     @property
+    def has_effects(self) -> bool:
+        """Whether a commit may change anything, or somebody waits for it."""
+        return self.has_work and not (self._begin.read_only and self.callbacks.is_empty)
+
+    @property
     def is_quiet(self) -> bool:
         """Whether nothing is open and nobody is at work."""
         for participant in self.participants:  # noqa: SIM110 - as above

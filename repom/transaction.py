@@ -170,7 +170,7 @@ def sync_session_scope(
 async def _finish(scope: SessionScope) -> None:
     """The end of a block that was left without an exception."""
     commit = not scope.is_rollback_only
-    with committing_apart() if commit and scope.has_work else nullcontext():
+    with committing_apart() if commit and scope.has_effects else nullcontext():
         await finish.finish(scope, commit=commit)
 
 
@@ -192,7 +192,7 @@ def _inside_sync(make: Callable[[], SessionScope]) -> Iterator[Any]:
 def _finish_sync(scope: SessionScope) -> None:
     """The sync twin of `_finish`."""
     commit = not scope.is_rollback_only
-    with committing_apart() if commit and scope.has_work else nullcontext():
+    with committing_apart() if commit and scope.has_effects else nullcontext():
         finish.finish_sync(scope, commit=commit)
 
 

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
-from sqlalchemy import event, insert, text
+from sqlalchemy import event, insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
@@ -186,6 +186,13 @@ async def nothing_at_all(database: Database) -> None:
         pass
 
 
+async def what_only_reads(database: Database) -> None:
+    modes: list[Any] = [True, "snapshot"]
+    for read_only in modes:
+        async with session_scope(read_only=read_only) as session:
+            assert (await session.scalars(select(Note.id))).all() == []
+
+
 async def what_is_rolled_back(database: Database) -> None:
     with suppress(LookupError):
         async with session_scope():
@@ -226,6 +233,7 @@ async def a_callback(database: Database) -> None:
 
 GOES: list[Callable[[Database], Any]] = [
     nothing_at_all,
+    what_only_reads,
     what_is_rolled_back,
     a_dry_run,
     a_savepoint,
