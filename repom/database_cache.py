@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AsyncExitStack, ExitStack
 from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
@@ -84,13 +85,15 @@ class DatabaseCache:
 
     async def dispose(self) -> None:
         """Close the pooled connections of the running loop, and of sync code, of all databases."""
-        for database in self._forget_open():
-            await database.dispose()
+        async with AsyncExitStack() as stack:  # all of them, also if one cannot be
+            for database in self._forget_open():
+                stack.push_async_callback(database.dispose)
 
     def dispose_sync(self) -> None:
         """Close the pooled connections of sync code."""
-        for database in self._forget_open():
-            database.dispose_sync()
+        with ExitStack() as stack:
+            for database in self._forget_open():
+                stack.callback(database.dispose_sync)
 
     def _forget_open(self) -> list[Database]:
         with self._mutex:
