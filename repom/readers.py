@@ -49,23 +49,26 @@ class Reader:
     Attributes:
         database: it alone.
         in_flight: how many units of work are reading from it.
+        turn: when it was chosen last, counted in choices.
         replayed: the position in the writer's log up to which it has everything, at least.
         is_fit: whether it can be read from, as far as is known.
         is_causal: whether it waits by itself for what was committed elsewhere.
         known_until: until when that is believed, in the time of `time.monotonic()`.
         is_being_asked: whether somebody does that just now.
+        is_reported: whether the log says that it is left out.
     """
 
     def __init__(self, database: Database[Any, Any]) -> None:
         self.database = database
         self.in_flight = 0
-        self.served = 0
+        self.turn = 0
         self.replayed = 0
         self.is_fit = False
         self.is_causal = False
         self.known_until = 0.0
         self.next_check = 0.0
         self.is_being_asked = False
+        self.is_reported = False
 
     def __repr__(self) -> str:
         state = "fit" if self.is_fit else "left out"
@@ -129,6 +132,7 @@ class Readers:
         self._replication = replication_of(writer.url)
         self._lag = Lag(max_lag)
         self._mutex = threading.Lock()
+        self._turns = 0
         for reader in self.all:
             reader.database.on_engine = self._made_engine
 
@@ -162,7 +166,8 @@ class Readers:
                     continue
             with self._mutex:
                 reader.in_flight += 1
-                reader.served += 1
+                self._turns += 1
+                reader.turn = self._turns
             return reader
         return None
 
@@ -183,7 +188,7 @@ class Readers:
             if reader.is_fit and now < reader.known_until and reader not in tried
         ]
         # Of those with the same load the one that has waited longest.
-        return sorted(fit, key=lambda reader: (reader.in_flight, reader.served))
+        return sorted(fit, key=lambda reader: (reader.in_flight, reader.turn))
 
     # --- how they are doing
 
@@ -233,14 +238,14 @@ class Readers:
             return
         if not reader.is_fit:
             logger.info("%s is read from", safe(reader.database.url))
-        reader.is_fit = True
+        reader.is_fit, reader.is_reported = True, False
         reader.next_check = now + CHECK_EVERY
         reader.known_until = now + 3 * CHECK_EVERY
 
     def _leave_out(self, reader: Reader, why: str, *, for_: float = RETRY_AFTER) -> None:
         # At its first check it may be behind by what has been written in the last moments only.
-        is_new = not reader.next_check and for_ == RETRY_AFTER
-        if reader.is_fit or is_new:
+        if not reader.is_reported and (reader.is_fit or for_ == RETRY_AFTER):
+            reader.is_reported = True
             logger.warning(
                 "%s is not read from until it recovers: %s", safe(reader.database.url), why
             )

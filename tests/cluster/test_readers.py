@@ -190,19 +190,20 @@ async def test_galera(galera: Cluster) -> None:
     one, two, three = (f"{url}" for url in galera.urls()["REPOM_GALERA_URLS"].split())
     execute(one, "CREATE TABLE IF NOT EXISTS seen (id INTEGER PRIMARY KEY)")
     database = Database(one, readers=[two, three])
+
+    async def look(id_: int) -> bool:
+        async with session_scope(database, read_only=True) as session:
+            query = text("SELECT count(*) FROM seen WHERE id = :id")
+            return bool(await session.scalar(query, {"id": id_}))
+
     stale = 0
     for id_ in range(200):
         async with session_scope(database) as session:
             await session.execute(text("INSERT INTO seen VALUES (:id)"), {"id": id_})
 
-        async def look() -> bool:
-            async with session_scope(database, read_only=True) as session:
-                query = text("SELECT count(*) FROM seen WHERE id = :id")
-                return bool(await session.scalar(query, {"id": id_}))
-
-        stale += not await asyncio.create_task(look())
+        stale += not await asyncio.create_task(look(id_))
     assert stale == 0
     assert database.readers is not None
-    assert all(reader.served for reader in database.readers.all)
+    assert all(reader.turn for reader in database.readers.all)
     await database.dispose()
     execute(one, "DROP TABLE seen")
