@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from sqlalchemy import URL
 
+from repom import readers
 from repom.config import RepomConfig
 from repom.conflicts import is_conflict
 from repom.context import Surroundings, surroundings
@@ -18,6 +19,7 @@ from repom.errors import ConfigurationError
 from repom.managed import InnerCommits
 from repom.middleware.exchange import SCOPE_KEY, Exchange
 from repom.middleware.lifespan import check, refuse_to_start, run_lifespan
+from repom.middleware.own_writes import CarriedBy, sent_with, telling
 from repom.middleware.per_request import Choose, PerRequest
 from repom.middleware.policy import (
     SAFE_METHODS,
@@ -33,6 +35,7 @@ from repom.middleware.policy import (
 )
 from repom.middleware.replay import Replay
 from repom.middleware.versions import refuse_old_frameworks_of
+from repom.own_writes import own_writes as writes_here
 from repom.registry import Databases, as_databases
 from repom.retry import Attempts, RetryOn
 from repom.scope import END_TIMEOUT, SessionScope
@@ -73,10 +76,13 @@ class DatabaseSessionMiddleware:
         retry_on: `retry_on(error)` says whether an error is worth it.
         retry_body_limit: bytes of a request's body that are kept for that. A request with a
             longer one is not repeated.
+        own_writes: of databases with readers: how a client carries what it has written to its
+            next request, so that it finds that there. In a "cookie", in the "header"
+            `Repom-Written` of the response, which it sends back, or None for not at all.
 
     Raises:
-        ValueError: `inner_commits` is none of the three words, `read_only` none of its values, or
-            `retries` less than 0.
+        ValueError: `inner_commits` is none of the three words, `read_only` or `own_writes` none of
+            its values, or `retries` less than 0.
 
     Example:
         >>> app = FastAPI()
@@ -100,11 +106,14 @@ class DatabaseSessionMiddleware:
         retries: int = 0,
         retry_on: RetryOn = is_conflict,
         retry_body_limit: int = RETRY_BODY_LIMIT,
+        own_writes: CarriedBy | None = "cookie",
     ) -> None:
         if inner_commits not in get_args(InnerCommits):
             raise ValueError(
                 f"inner_commits={inner_commits!r}: write one of {', '.join(get_args(InnerCommits))}"
             )
+        if own_writes not in (None, *get_args(CarriedBy)):
+            raise ValueError(f'own_writes={own_writes!r}: write "cookie", "header" or None')
         Attempts(retries)  # which refuses what is no number of them
         self.app: ASGIApp = app
         self.commit_on = commit_on
@@ -113,6 +122,7 @@ class DatabaseSessionMiddleware:
         )
         self.inner_commits: InnerCommits = inner_commits
         self.end_timeout = end_timeout
+        self.own_writes: CarriedBy | None = own_writes
         self._exchange: Any = Exchange
         if retries:
             self._exchange = partial(
@@ -150,10 +160,12 @@ class DatabaseSessionMiddleware:
             await self.app(scope, receive, send)
         else:
             try:
-                if kind == "http":
-                    await self._exchange_for(scope, send).run(self.app, receive)
-                else:
+                if kind == "websocket":
                     await self._connect(scope, receive, send)
+                elif readers.exist and self.own_writes is not None:
+                    await self._serve_knowing(scope, receive, send)
+                else:
+                    await self._exchange_for(scope, send).run(self.app, receive)
             finally:
                 # What is served with this dict next, by a layer that tries again, is another
                 # unit of work.
@@ -173,6 +185,17 @@ class DatabaseSessionMiddleware:
         scope[SCOPE_KEY] = unit
         exchange: Exchange | Replay = self._exchange(unit, self.commit_on, scope, send)
         return exchange
+
+    async def _serve_knowing(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a client that tells what it has written before, and is told what it has now."""
+        assert self.own_writes is not None
+        own = sent_with(scope, self.own_writes)
+        token = writes_here.set(own)
+        try:
+            exchange = self._exchange_for(scope, telling(own, scope, send, self.own_writes))
+            await exchange.run(self.app, receive)
+        finally:
+            writes_here.reset(token)
 
     def _reading(self, scope: Scope) -> BeginOptions | None:
         """How a request begins that only reads; None if it may write."""

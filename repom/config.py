@@ -10,7 +10,7 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -39,6 +39,8 @@ class RepomConfig:
         pgbouncer: the server is behind PgBouncer: asyncpg then caches and names no statement.
         sqlite_begin: how every SQLite transaction begins. `None`: `IMMEDIATE` where writing is
             to be expected, `DEFERRED` elsewhere.
+        readers: URLs of replicas of the default database, for what only reads.
+        max_lag: seconds that a replica may be behind.
 
     >>> class MyConfig(RepomConfig):
     ...     db_url = "postgresql://app:secret@localhost/shop"
@@ -59,6 +61,8 @@ class RepomConfig:
     require_url: bool = False
     pgbouncer: bool = False
     sqlite_begin: Literal["IMMEDIATE", "DEFERRED"] | None = None
+    readers: Sequence[str] = ()
+    max_lag: float = 10.0
 
     def __init__(self, *, db_url: str | None = None, require_url: bool = False) -> None:
         # Into the instance's dict, where a subclass's plain `db_url = "..."` looks first.

@@ -6,7 +6,7 @@ import logging
 import sqlite3
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Generic, Literal, NamedTuple, Protocol
 
@@ -31,6 +31,7 @@ from repom.dialects.sqlite import (
 from repom.errors import ConfigurationError
 from repom.loops import LoopEngines, close_returned, is_in_use
 from repom.on_begin import OnBegin, telling_async_class, telling_class, telling_kwargs
+from repom.readers import Readers
 from repom.sessionmakers import LoopSessionmaker, SyncSessionmaker
 from repom.urls import parse_url, require_driver, safe, to_async, to_sync
 
@@ -110,6 +111,8 @@ class Database(Generic[AsyncSessionT, SessionT]):
             session, before its first statement, with the sync `Connection` of async sessions too.
             What it sets by `SET LOCAL` ends with that transaction. An error of it fails the
             statement that has begun the transaction, and all that follow until the rollback.
+        readers: URLs of replicas, from which units of work with `read_only` read.
+        max_lag: seconds that a replica may be behind, where its server tells (PostgreSQL).
 
     Raises:
         DatabaseURLError: the URL cannot be parsed.
@@ -131,6 +134,8 @@ class Database(Generic[AsyncSessionT, SessionT]):
         sqlite_begin: Begin | None = None,
         pgbouncer: bool = False,
         on_begin: OnBegin | None = None,
+        readers: Sequence[str | URL] = (),
+        max_lag: float = 10.0,
     ) -> None:
         self.url = parse_url(url)
         self.engine_kwargs = {**RepomConfig.DEFAULT_ENGINE_KWARGS, **(engine_kwargs or {})}
@@ -160,6 +165,9 @@ class Database(Generic[AsyncSessionT, SessionT]):
         self._sync_engine: Engine | None = None
         self._sync_variants: dict[BeginOptions, Engine] = {}
         self._mutex = threading.RLock()
+        self.readers: Readers | None = None
+        if readers:
+            self.readers = Readers(self, [self.at(url) for url in readers], max_lag=max_lag)
 
     @classmethod
     def from_config(
@@ -181,6 +189,8 @@ class Database(Generic[AsyncSessionT, SessionT]):
             session_kwargs=config.session_kwargs,
             sqlite_begin=config.sqlite_begin,
             pgbouncer=config.pgbouncer,
+            readers=config.readers if url is None else (),
+            max_lag=config.max_lag,
         )
 
     def at(self, url: str | URL) -> Database:
@@ -273,6 +283,11 @@ class Database(Generic[AsyncSessionT, SessionT]):
                 self._sync_variants[options] = bind
         return bind
 
+    def engine_for_reading(self, options: BeginOptions | None = None, *, is_async: bool) -> Engine:
+        """The `Engine`, that beneath the async one too, of connections that only read."""
+        options = options or BeginOptions(read_only=True)
+        return self.async_bind(options).sync_engine if is_async else self.sync_bind(options)
+
     # --- sessions
 
     @cached_property
@@ -312,6 +327,9 @@ class Database(Generic[AsyncSessionT, SessionT]):
                 raise error from None
             logger.warning("%r can be used by sync code only. %s", self, error)
         support.check()
+        if self.readers is not None:
+            for reader in self.readers.all:
+                reader.database.check()
 
     async def ping(self) -> None:
         """Connect and run `SELECT 1`, for a readiness check.
@@ -341,8 +359,8 @@ class Database(Generic[AsyncSessionT, SessionT]):
             await self.stand_in.dispose()
         try:
             await self._async_engines.dispose()
-            if self._reading is not None:
-                await self._reading.dispose()
+            for part in self._parts:
+                await part.dispose()
         finally:
             self.dispose_sync()
 
@@ -367,8 +385,8 @@ class Database(Generic[AsyncSessionT, SessionT]):
         with self._mutex:
             engine, self._sync_engine = self._sync_engine, None
             self._sync_variants.clear()
-        if self._reading is not None:
-            self._reading.dispose_sync()
+        for part in self._parts:
+            part.dispose_sync()
         if engine is not None:
             close_returned(engine)
             engine.dispose()
@@ -383,7 +401,14 @@ class Database(Generic[AsyncSessionT, SessionT]):
 
     @property
     def _with_reading(self) -> list[Database[Any, Any]]:
-        return [self] if self._reading is None else [self, self._reading]
+        return [self, *(each for part in self._parts for each in part._with_reading)]
+
+    @property
+    def _parts(self) -> list[Database[Any, Any]]:
+        """The databases that are used as parts of this one."""
+        reading = [] if self._reading is None else [self._reading]
+        readers = [] if self.readers is None else self.readers.all
+        return [*reading, *(reader.database for reader in readers)]
 
     @property
     def _is_sync_engine_in_use(self) -> bool:

@@ -22,6 +22,8 @@ from repom.errors import CommitOutcomeUnknown, TransactionError
 from repom.gate import Gate, TaskGate, ThreadGate
 from repom.managed import InnerCommits, ManagedSession, managed_class
 from repom.read_only import read_only_class
+from repom.reader_session import RoutedSession, reader_class, writer_class
+from repom.readers import Readers
 from repom.shield import Ending
 
 # Of their own: on the endpoints' limiter, endpoints that wait for a pooled connection would
@@ -80,8 +82,17 @@ class Participant:
         self.sync_session.repom_label = label
 
 
-def _class_for(base: type[Session], begin: BeginOptions) -> type[ManagedSession]:
+def _class_for(
+    base: type[Session], begin: BeginOptions, database: Database
+) -> type[ManagedSession]:
+    if database.readers is not None and database.stand_in is None:
+        return reader_class(base) if begin.read_only else writer_class(base)
     return read_only_class(base) if begin.read_only else managed_class(base)
+
+
+def _route(session: Session, readers: Readers, begin: BeginOptions, *, is_async: bool) -> None:
+    if isinstance(session, RoutedSession):  # not in a test, whose connection has no readers
+        session.repom_route(readers, begin, is_async=is_async)
 
 
 class AsyncParticipant(Participant):
@@ -100,10 +111,12 @@ class AsyncParticipant(Participant):
         kwargs = database.session_kwargs
         session_class = database.session_class
         base = kwargs.get("sync_session_class") or session_class.sync_session_class
-        managed = _class_for(base, begin)
+        managed = _class_for(base, begin, database)
         kwargs = {**kwargs, "sync_session_class": managed}
         self.session: AsyncSession = session_class(database.async_bind(begin), **kwargs)
         self.sync_session = self.session.sync_session
+        if database.readers is not None:
+            _route(self.sync_session, database.readers, begin, is_async=True)
         self._manage(TaskGate(), inner_commits, callbacks, label)
 
     async def _perform(self, action: Action) -> None:
@@ -124,9 +137,11 @@ class SyncParticipant(Participant):
     ) -> None:
         self.name = name
         base = database.sync_session_class
-        managed = _class_for(base, begin)
+        managed = _class_for(base, begin, database)
         self.session: Session = managed(database.sync_bind(begin), **database.session_kwargs)
         self.sync_session = self.session
+        if database.readers is not None:
+            _route(self.sync_session, database.readers, begin, is_async=False)
         self._abandoned = False
         self._manage(ThreadGate(), inner_commits, callbacks, label)
 

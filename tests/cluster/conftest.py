@@ -142,6 +142,22 @@ def pg_pair() -> Iterator[Cluster]:
 
 
 @pytest.fixture
+def late_pair() -> Iterator[Cluster]:
+    """A PostgreSQL primary and a replica that has what was committed a third of a second later."""
+    with started("pg_pair", {"PG_PORT": str(free_ports(2))}) as cluster:
+        delay_replica(cluster, "300ms")
+        yield cluster
+
+
+def delay_replica(cluster: Cluster, delay: str) -> None:
+    """Let the replica of a pair replay each commit so much later."""
+    replica = cluster.urls()["REPOM_PG_REPLICA_URL"]
+    execute(replica, f"ALTER SYSTEM SET recovery_min_apply_delay = '{delay}'")
+    execute(replica, "SELECT pg_reload_conf()")
+    block_until(lambda: rows(replica, "SHOW recovery_min_apply_delay") == [(delay,)])
+
+
+@pytest.fixture
 def pgbouncer(postgres_url: str) -> Iterator[Cluster]:
     """A PgBouncer in transaction mode before the PostgreSQL of the other tests."""
     behind = make_url(postgres_url)

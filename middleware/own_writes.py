@@ -1,0 +1,103 @@
+"""A client that has written reads its own writes: what it has written comes along with it.
+
+The token tells positions in the log of the writer, and nothing else. Whoever makes one up reads
+from the writer, or what is there anyway.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Literal
+
+from repom.middleware.policy import Message, Scope, Send
+from repom.own_writes import OwnWrites
+
+#: How the token gets to the client and back.
+CarriedBy = Literal["cookie", "header"]
+
+COOKIE = "repom_written"
+HEADER = b"repom-written"
+
+#: Seconds that a browser keeps it. Every reader that is in use has what it names long before.
+MAX_AGE = 300
+
+# `key:position` in hexadecimal, or `key@time`; several, for as many databases, with dots between.
+_PART = re.compile(r"([0-9a-f]{8})([:@])([0-9a-f]{1,16})")
+_LONGEST = 1024
+#: Seconds by which the clocks of two servers may differ.
+_SKEW = 60
+
+
+def token(own: OwnWrites) -> str:
+    """What the client is to bring along."""
+    now = time.time()
+    until = {key: f"{key}@{int(now + left):x}" for key, left in own.seconds_left().items()}
+    positions = {key: f"{key}:{position:x}" for key, position in own.positions.items()}
+    return ".".join((positions | until).values())
+
+
+def own_writes_of(value: str, window: float = MAX_AGE) -> OwnWrites:
+    """What a token says; nothing, if it is none.
+
+    Args:
+        value: what a client has sent.
+        window: seconds for which it can send the server to the writer at most.
+    """
+    own = OwnWrites()
+    if len(value) > _LONGEST:
+        return own
+    for part in value.split("."):
+        found = _PART.fullmatch(part)
+        if found is None:
+            continue
+        key, kind, number = found[1], found[2], int(found[3], 16)
+        if kind == ":":
+            # No log is longer, and no database would take it for a number.
+            own.positions[key] = min(number, 2**63 - 1)
+        elif (left := number - time.time()) <= window + _SKEW:
+            own.only_writer(key, left)
+    return own
+
+
+def sent_with(asgi_scope: Scope, by: CarriedBy) -> OwnWrites:
+    """What the client of a request has written before."""
+    name = HEADER if by == "header" else b"cookie"
+    for found, value in asgi_scope["headers"]:
+        if found == name:
+            text = value.decode("latin-1")
+            sent = text if by == "header" else _in_cookies(text)
+            if sent is not None:
+                return own_writes_of(sent)
+    return OwnWrites()
+
+
+def telling(own: OwnWrites, asgi_scope: Scope, send: Send, by: CarriedBy) -> Send:
+    """A `send` that adds the token to a response, if the request has written."""
+
+    async def send_with_token(message: Message) -> None:
+        if message["type"] == "http.response.start" and own.is_unlocated:
+            await own.locate()
+            header = _header(token(own), asgi_scope, by)
+            message = {**message, "headers": [*message.get("headers", ()), header]}
+        await send(message)
+
+    return send_with_token
+
+
+def _header(value: str, asgi_scope: Scope, by: CarriedBy) -> tuple[bytes, bytes]:
+    if by == "header":
+        return HEADER, value.encode()
+    secure = "; Secure" if asgi_scope.get("scheme") == "https" else ""
+    cookie = f"{COOKIE}={value}; Max-Age={MAX_AGE}; Path=/; HttpOnly; SameSite=Lax{secure}"
+    return b"set-cookie", cookie.encode()
+
+
+def _in_cookies(text: str) -> str | None:
+    if f"{COOKIE}=" not in text:
+        return None
+    for pair in text.split(";"):
+        name, _, value = pair.strip().partition("=")
+        if name == COOKIE:
+            return value
+    return None
