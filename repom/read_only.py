@@ -10,7 +10,8 @@ from typing import Any
 from sqlalchemy import event
 from sqlalchemy.orm import Session, SessionTransaction
 
-from repom.dialects.read_only import READING, Reading
+from repom.dialects.base import READING
+from repom.dialects.read_only import Reading
 from repom.managed import Ending, ManagedSession, managed_class
 
 

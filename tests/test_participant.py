@@ -293,7 +293,8 @@ async def test_sync_session_is_ended_in_a_thread(database: Database) -> None:
     here = threading.current_thread()
     assert [how for how, thread in threads if thread is not here] == ["flush", "commit", "rollback"]
     # Nothing to do for the database any more, so no thread is needed.
-    assert [how for how, thread in threads if thread is here] == ["close"]
+    assert [how for how, thread in threads if thread is here] == []
+    assert not session.identity_map
 
 
 async def test_pool_smaller_than_the_thread_pool_does_not_deadlock(postgres_url: str) -> None:

@@ -32,6 +32,7 @@ from repom.urls import safe
 ABORTED_BY = "repom.aborted_by"  # the error with which the server aborted the transaction
 _COMMIT_SENT = "repom.commit_sent"  # and not yet answered
 CLOSED_BY_COMMIT = "repom.closed_by_commit"  # its session gives it back right after COMMIT
+READING = "repom.reading"  # the `Reading` of the unit of work that has it, if that only reads
 _IS_CLEAN = "repom.is_clean"  # nothing was begun since COMMIT, so there is nothing to roll back
 
 _QUEUE_POOL_OPTIONS = ("pool_size", "max_overflow", "pool_timeout", "pool_use_lifo")
@@ -258,7 +259,8 @@ def _roll_back(connection: Connection) -> None:
 
 
 def _is_declared_read_only(connection: Connection) -> bool:
-    return bool(connection.get_execution_options().get("postgresql_readonly"))
+    options = connection.get_execution_options()
+    return READING in connection.info or bool(options.get("postgresql_readonly"))
 
 
 def aborted() -> TransactionAbortedError:

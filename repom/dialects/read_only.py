@@ -17,14 +17,13 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.pool import PoolProxiedConnection
 
-from repom.dialects.base import Support
+from repom.dialects.base import READING, Support
 from repom.dialects.mysql import MySQL, errno
 from repom.dialects.postgresql import PostgreSQL, sqlstate
 from repom.dialects.sqlite import SQLite, sqlite_connection
 from repom.errors import ReadOnlyError
 
 # Keys of `PoolProxiedConnection.info`.
-READING = "repom.reading"  # the `Reading` of the unit of work that has the connection
 _SNAPSHOT = "repom.snapshot"  # the transaction that begins now is to be one for the database, too
 _IN_TRANSACTION = "repom.in_transaction"  # the names of its savepoints, while there is one
 
