@@ -58,17 +58,22 @@ class RepeatableRequest:
         self.obstacle = self.obstacle or why
 
     async def pause(self, seconds: float) -> None:
-        """Wait; less if the client leaves meanwhile."""
-        try:
-            async with asyncio.timeout(seconds):
-                while not (self._has_all or self._is_too_large or self.is_gone):
-                    await self.read(len(self._kept))
-                if self._has_all:  # so there is nothing to come but that
-                    await self.read(len(self._kept))
-                if not self.is_gone:
-                    await asyncio.sleep(seconds)
-        except TimeoutError:
+        """Wait; less if the client leaves meanwhile.
+
+        That is noticed if the body was read. What comes is the body otherwise, for which it is up
+        to the app to ask.
+        """
+        if not self._has_all:
+            await asyncio.sleep(seconds)
             return
+        try:
+            async with asyncio.timeout(seconds) as limit:
+                while not self.is_gone:
+                    await self.read(len(self._kept))
+                    await asyncio.sleep(0)  # whatever a server without manners sends
+        except TimeoutError:
+            if not limit.expired():
+                raise
 
     # --- what the client sends
 
@@ -78,7 +83,7 @@ class RepeatableRequest:
             return None
         message = self._kept[number]
         assert message is not None
-        if self._is_too_large:  # so there will be no other attempt
+        if self.obstacle is not None:  # so there will be no other attempt
             self._kept[number] = None
         return {**message}
 
@@ -94,13 +99,9 @@ class RepeatableRequest:
                 return
             self._kept.append(message)
             self._has_all = not message.get("more_body", False)
-            self._bytes += len(message.get("body", b""))
-            if self._is_too_large:
+            self._bytes += len(message.get("body") or b"")
+            if self._bytes > self._limit:
                 self.block(f"its body has more than {self._limit} bytes")
-
-    @property
-    def _is_too_large(self) -> bool:
-        return self._bytes > self._limit
 
 
 class Reading:

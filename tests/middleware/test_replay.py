@@ -329,6 +329,23 @@ async def test_several_databases(losing: Database, sqlite_url: str, postgres_url
     assert (notes(postgres_url), notes(sqlite_url)) == (["a"], ["b"])
 
 
+async def test_database_of_the_request(losing: Database, postgres_url: str) -> None:
+    """Each attempt has the one that was chosen for the request."""
+
+    def choose(asgi_scope: Scope) -> Database:
+        assert asgi_scope["path"] == "/notes"
+        return losing
+
+    async def respond(send: Send) -> None:
+        await write(LOST if attempt() == 1 else "a")
+        await answer(send, 201)
+
+    response, attempts = await post(responding(respond), choose)
+    assert_created(response)
+    assert attempts == [1, 2]
+    assert notes(postgres_url) == ["a"]
+
+
 async def test_callbacks(losing: Database) -> None:
     """Those of a commit run for the one there is, those of a rollback for each. What they commit
     themselves is no obstacle."""
@@ -721,23 +738,6 @@ async def test_long_body(losing: Database, limit: int, caplog: pytest.LogCapture
         assert caplog.messages[-1].endswith("not repeated: its body has more than 2 bytes")
 
 
-async def test_long_body_that_is_found_out_in_the_pause(
-    losing: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The attempt before has not asked for it. The next one gets all of it, and is the last."""
-    monkeypatch.setattr("repom.retry.pause_before", lambda attempt: 0.01)
-    bodies: list[list[bytes]] = []
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        if attempt() == 2:
-            bodies.append(await read_all(receive))
-        await lose()
-
-    response, attempts = await post(app, losing, body=[b"a", b"b", b"c"], retry_body_limit=1)
-    assert isinstance(response.exception, DBAPIError)
-    assert (attempts, bodies) == ([1, 2], [[b"a", b"b", b"c"]])
-
-
 async def test_two_tasks_that_read(losing: Database) -> None:
     """Each message goes to one of them."""
 
@@ -957,9 +957,8 @@ async def test_client_that_has_left_before(
     ]
 
 
-@pytest.mark.parametrize("reads", [True, False])
 async def test_client_that_leaves_in_the_pause(
-    losing: Database, monkeypatch: pytest.MonkeyPatch, reads: bool
+    losing: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody waits for another attempt. That is noticed at once."""
     monkeypatch.setattr("repom.retry.pause_before", lambda attempt: 30.0)
@@ -967,8 +966,7 @@ async def test_client_that_leaves_in_the_pause(
     messages = [{"type": "http.request", "body": b"", "more_body": False}]
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        if reads:
-            await receive()
+        await receive()
         has_lost.set()
         await lose()
 
