@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from sqlalchemy import URL
 
+from repom.branches import Branches
 from repom.config import RepomConfig
 from repom.context import Surroundings, surroundings
 from repom.current import Outside
@@ -57,6 +58,7 @@ class DatabaseSessionMiddleware:
         inner_commits: what `session.commit()` by other code means: "defer" (a flush; a later
             error undoes it), "allow", or "forbid".
         end_timeout: seconds that COMMIT or ROLLBACK may take before the connection is closed.
+        two_phase: whether several databases commit all or nothing, by their two-phase commit.
 
     Raises:
         ValueError: `inner_commits` is none of the three words.
@@ -78,6 +80,7 @@ class DatabaseSessionMiddleware:
         commit_on: CommitOn = commits_on_success,
         inner_commits: InnerCommits = "defer",
         end_timeout: float = END_TIMEOUT,
+        two_phase: bool = False,
     ) -> None:
         if inner_commits not in get_args(InnerCommits):
             raise ValueError(
@@ -87,6 +90,7 @@ class DatabaseSessionMiddleware:
         self.commit_on = commit_on
         self.inner_commits: InnerCommits = inner_commits
         self.end_timeout = end_timeout
+        self.two_phase = two_phase
         self._given = database
 
     @cached_property
@@ -132,6 +136,8 @@ class DatabaseSessionMiddleware:
             inner_commits=self.inner_commits,
             end_timeout=self.end_timeout,
         )
+        if self.two_phase:
+            unit.branches = Branches(unit.databases)
         scope[SCOPE_KEY] = unit
         await Exchange(unit, self.commit_on, scope, send).run(self.app, receive)
 
@@ -142,7 +148,7 @@ class DatabaseSessionMiddleware:
                 self.app,
                 getattr(self.app, "__self__", None),  # Quart, of which this is `app.asgi_app`
             )
-            check(self.databases)
+            check(self.databases, two_phase=self.two_phase)
         except Exception as error:
             await refuse_to_start(error, receive, send)
             raise

@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from repom import finish
+from repom.branches import Branches
 from repom.callbacks import Callback, Callbacks
 from repom.context import Surroundings, surroundings
 from repom.database import BeginOptions, Database
@@ -65,6 +66,8 @@ class SessionScope:
     _loop: asyncio.AbstractEventLoop | None = None
     _token: Token[Surroundings | None] | None = None
     _turn: Turn | None = None
+    #: Of a unit of work that ends by a two-phase commit; set by its owner.
+    branches: Branches | None = None
     _participants: Mapping[Database, Participant] = MappingProxyType({})
     # By what was asked for, so that `current_session()` is one look-up.
     _async_sessions: Mapping[str | Database, AsyncSession] = MappingProxyType({})
@@ -215,6 +218,9 @@ class SessionScope:
             if found is None:
                 name = key if isinstance(key, str) else repr(key)
                 found = kind(name, database, self._begin, self._inner_commits, callbacks)
+                # What a test commits, it rolls back in the end.
+                if self.branches is not None and database.stand_in is None:
+                    self.branches.take_part(found.sync_session, database)
                 self._participants = {**self._participants, database: found}
         if not isinstance(found, kind):
             used, asked = "current_sync_session()", "current_session()"
@@ -305,7 +311,7 @@ class SessionScope:
 
         So a callback neither ends what siblings have begun since, nor lets them in again.
         """
-        return SessionScope(
+        scope = SessionScope(
             self.databases,
             label=f"a callback of {self.label}",
             begin=self._begin,
@@ -313,6 +319,9 @@ class SessionScope:
             end_timeout=self.end_timeout,
             is_sync=is_sync,
         )
+        if self.branches is not None:
+            scope.branches = Branches(self.databases)
+        return scope
 
     def closed(self) -> None:
         """The scope is over: its sessions are no longer given out, nor kept alive.
