@@ -10,6 +10,7 @@ from typing import Any, get_args
 from sqlalchemy import URL
 
 from repom import readers
+from repom.branches import Branches
 from repom.config import RepomConfig
 from repom.conflicts import is_conflict
 from repom.context import Surroundings, surroundings
@@ -79,6 +80,7 @@ class DatabaseSessionMiddleware:
         own_writes: of databases with readers: how a client carries what it has written to its
             next request, so that it finds that there. In a "cookie", in the "header"
             `Repom-Written` of the response, which it sends back, or None for not at all.
+        two_phase: whether several databases commit all or nothing, by their two-phase commit.
 
     Raises:
         ValueError: `inner_commits` is none of the three words, `read_only` or `own_writes` none of
@@ -107,6 +109,7 @@ class DatabaseSessionMiddleware:
         retry_on: RetryOn = is_conflict,
         retry_body_limit: int = RETRY_BODY_LIMIT,
         own_writes: CarriedBy | None = "cookie",
+        two_phase: bool = False,
     ) -> None:
         if inner_commits not in get_args(InnerCommits):
             raise ValueError(
@@ -128,6 +131,7 @@ class DatabaseSessionMiddleware:
             self._exchange = partial(
                 Replay, retries=retries, retry_on=retry_on, body_limit=retry_body_limit
             )
+        self.two_phase = two_phase
         self._given = database
         self._is_per_request = callable(database)
 
@@ -182,6 +186,8 @@ class DatabaseSessionMiddleware:
             inner_commits=self.inner_commits,
             end_timeout=self.end_timeout,
         )
+        if self.two_phase:
+            unit.branches = Branches(unit.databases)
         scope[SCOPE_KEY] = unit
         exchange: Exchange | Replay = self._exchange(unit, self.commit_on, scope, send)
         return exchange
@@ -222,7 +228,7 @@ class DatabaseSessionMiddleware:
                 self.app,
                 getattr(self.app, "__self__", None),  # Quart, of which this is `app.asgi_app`
             )
-            check(self.databases)
+            check(self.databases, two_phase=self.two_phase)
         except Exception as error:
             await refuse_to_start(error, receive, send)
             raise

@@ -12,7 +12,8 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from repom.dialects.base import READING
 from repom.dialects.read_only import Reading
-from repom.managed import Ending, ManagedSession, managed_class
+from repom.ending import Action
+from repom.managed import ManagedSession, managed_class
 
 
 class ReadOnlySession(ManagedSession):
@@ -28,8 +29,8 @@ class ReadOnlySession(ManagedSession):
             self._repom_reading = Reading(self.repom_label)
         return self._repom_reading
 
-    def _for_real(self, how: Ending) -> None:
-        if how in ("flush", "commit"):
+    def _for_real(self, how: Action) -> None:
+        if how in ("flush", "prepare", "commit"):
             self.repom_reading.check()
         super()._for_real(how)
 

@@ -57,6 +57,12 @@ class Databases:
         """What is disposed of after the last one."""
         return [database for _, database in self.items()]
 
+    def named(self) -> dict[str, Database]:
+        """All that can be asked for by a name, with those of the configuration."""
+        found = dict(self.items())
+        names = [*get_config().databases, *([] if found else [DEFAULT])]
+        return {name: self[name] for name in dict.fromkeys((*names, *found))}
+
     def overlaid(self, database: str | Database | None) -> Databases:
         """These databases, with `database` as the default one."""
         if database is None or database == DEFAULT:
