@@ -186,7 +186,7 @@ class DatabaseSessionMiddleware:
             inner_commits=self.inner_commits,
             end_timeout=self.end_timeout,
         )
-        if self.two_phase:
+        if self.two_phase and not begin.read_only:
             unit.branches = Branches(unit.databases)
         scope[SCOPE_KEY] = unit
         exchange: Exchange | Replay = self._exchange(unit, self.commit_on, scope, send)

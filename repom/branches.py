@@ -62,10 +62,10 @@ class Branches:
             TwoPhaseUnavailableError: the driver cannot prepare transactions, or the database
                 has no name, by which recovery would know of it.
         """
-        named = self._databases.named().values()
-        if database not in named:
+        known = self._databases.known()
+        if database not in known:
             raise _has_no_name(database)
-        self._known = fingerprint(it.url for it in named)
+        self._known = fingerprint(it.url for it in known)
         bind = session.bind
         make_two_phase(
             bind.dialect, database.async_support if bind.dialect.is_async else database.sync_support

@@ -19,10 +19,11 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
+from repom.config import get_config
 from repom.database import Database
 from repom.errors import ConfigurationError, RepomError
 from repom.in_doubt import InDoubt, Verdict, in_doubt, in_order, verdict
-from repom.registry import CONFIGURED, as_databases
+from repom.registry import CONFIGURED, DEFAULT, as_databases
 from repom.transaction_ids import PREFIX, fingerprint
 
 T = TypeVar("T")
@@ -166,7 +167,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _databases(given: Sequence[str]) -> dict[str, Database]:
     if not given:
-        return CONFIGURED.named()
+        names = [DEFAULT, *get_config().databases]
+        return {name: CONFIGURED[name] for name in names}
     named: dict[str, str] = {}
     for pair in given:
         name, _, url = pair.partition("=")

@@ -57,11 +57,10 @@ class Databases:
         """What is disposed of after the last one."""
         return [database for _, database in self.items()]
 
-    def named(self) -> dict[str, Database]:
-        """All that can be asked for by a name, with those of the configuration."""
-        found = dict(self.items())
-        names = [*get_config().databases, *([] if found else [DEFAULT])]
-        return {name: self[name] for name in dict.fromkeys((*names, *found))}
+    def known(self) -> list[Database]:
+        """All that can be asked for by a name, those of the configuration included."""
+        names = [*get_config().databases, *(self._by_name or [DEFAULT])]
+        return [self._by_name.get(name) or get_database(name) for name in names]
 
     def overlaid(self, database: str | Database | None) -> Databases:
         """These databases, with `database` as the default one."""

@@ -227,9 +227,8 @@ class SessionScope:
                 found = kind(
                     name, database, self._begin, self._inner_commits, callbacks, self.label
                 )
-                # What a test commits, it rolls back in the end; what only reads commits nothing.
-                may_commit = database.stand_in is None and not self._begin.read_only
-                if self.branches is not None and may_commit:
+                # What a test commits, it rolls back in the end.
+                if self.branches is not None and database.stand_in is None:
                     self.branches.take_part(found.sync_session, database)
                 self._participants = {**self._participants, database: found}
                 self.participants = self._in_order()
@@ -338,9 +337,7 @@ class SessionScope:
             is_sync=is_sync,
         )
         unit.observer = IGNORING  # the work that waits for the end has ended
-        if self.branches is not None:
-            unit.branches = Branches(self.databases)
-        return unit
+        return self._alike(unit)
 
     def again(self) -> SessionScope:
         """A unit of work for another attempt at what this one has lost."""
@@ -353,6 +350,9 @@ class SessionScope:
             is_sync=self.is_sync,
             attempt=self.attempt + 1,
         )
+        return self._alike(unit)
+
+    def _alike(self, unit: SessionScope) -> SessionScope:
         if self.branches is not None:
             unit.branches = Branches(self.databases)
         return unit

@@ -64,7 +64,7 @@ def new_scope(
         is_sync=is_sync,
         attempt=attempt,
     )
-    if two_phase:
+    if two_phase and not read_only:
         scope.branches = Branches(scope.databases)
     return scope
 
