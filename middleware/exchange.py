@@ -11,7 +11,7 @@ from enum import Enum
 from typing import NoReturn
 
 from repom import finish
-from repom.errors import CommitOutcomeUnknown, ScopeClosedError
+from repom.errors import CommitOutcomeUnknown, CommitPendingError, ScopeClosedError
 from repom.middleware import failed_commit
 from repom.middleware.policy import (
     BEFORE_RESPONSE,
@@ -281,7 +281,11 @@ class Exchange:
         self._log_failure(error)
 
     def _log_failure(self, error: Exception) -> None:
-        outcome = "is unknown" if isinstance(error, CommitOutcomeUnknown) else "failed"
+        outcome = "failed"
+        if isinstance(error, CommitOutcomeUnknown):
+            outcome = "is unknown"
+        elif isinstance(error, CommitPendingError):
+            outcome = "is not confirmed by all databases"
         logger.error("COMMIT of %s %s", self._unit.label, outcome, exc_info=error)
 
     async def _begin_body(self) -> None:

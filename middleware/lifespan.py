@@ -39,10 +39,12 @@ async def refuse_to_start(error: Exception, receive: Receive, send: Send) -> Non
     await send({"type": "lifespan.startup.failed", "message": f"{type(error).__name__}: {error}"})
 
 
-def check(databases: Databases) -> None:
+def check(databases: Databases, *, two_phase: bool = False) -> None:
     """Raise what the first request would: unusable URL, missing driver, unwritable file."""
     for database in databases.to_check():
         database.check()
+        if two_phase and database.stand_in is None:
+            database.async_support().check_two_phase()
 
 
 async def dispose(databases: Databases) -> None:

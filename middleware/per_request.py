@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 from weakref import WeakSet
 
+from repom.config import get_config
 from repom.database import Database
 from repom.errors import ConfigurationError, UnknownDatabaseError
 from repom.middleware.policy import Scope
@@ -106,6 +107,9 @@ class Chosen(Databases):
             self._choice, self._asgi_scope = self._choice or choice, None
         assert self._choice is not None
         return self._choice
+
+    def known(self) -> list[Database]:
+        return [self[DEFAULT], *(CONFIGURED[name] for name in get_config().databases)]
 
     def items(self) -> list[tuple[str, Database]]:
         return [] if self._choice is None else [(DEFAULT, self._choice)]

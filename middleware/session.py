@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from sqlalchemy import URL
 
+from repom.branches import Branches
 from repom.config import RepomConfig
 from repom.conflicts import is_conflict
 from repom.context import Surroundings, surroundings
@@ -73,6 +74,7 @@ class DatabaseSessionMiddleware:
         retry_on: `retry_on(error)` says whether an error is worth it.
         retry_body_limit: bytes of a request's body that are kept for that. A request with a
             longer one is not repeated.
+        two_phase: whether several databases commit all or nothing, by their two-phase commit.
 
     Raises:
         ValueError: `inner_commits` is none of the three words, `read_only` none of its values, or
@@ -100,6 +102,7 @@ class DatabaseSessionMiddleware:
         retries: int = 0,
         retry_on: RetryOn = is_conflict,
         retry_body_limit: int = RETRY_BODY_LIMIT,
+        two_phase: bool = False,
     ) -> None:
         if inner_commits not in get_args(InnerCommits):
             raise ValueError(
@@ -118,6 +121,7 @@ class DatabaseSessionMiddleware:
             self._exchange = partial(
                 Replay, retries=retries, retry_on=retry_on, body_limit=retry_body_limit
             )
+        self.two_phase = two_phase
         self._given = database
         self._is_per_request = callable(database)
 
@@ -170,6 +174,8 @@ class DatabaseSessionMiddleware:
             inner_commits=self.inner_commits,
             end_timeout=self.end_timeout,
         )
+        if self.two_phase and not begin.read_only:
+            unit.branches = Branches(unit.databases)
         scope[SCOPE_KEY] = unit
         exchange: Exchange | Replay = self._exchange(unit, self.commit_on, scope, send)
         return exchange
@@ -199,7 +205,7 @@ class DatabaseSessionMiddleware:
                 self.app,
                 getattr(self.app, "__self__", None),  # Quart, of which this is `app.asgi_app`
             )
-            check(self.databases)
+            check(self.databases, two_phase=self.two_phase)
         except Exception as error:
             await refuse_to_start(error, receive, send)
             raise

@@ -14,7 +14,7 @@ from repom.errors import CommitOutcomeUnknown, PartialCommitError
 
 logger = logging.getLogger("repom")
 
-Action = Literal["flush", "commit", "rollback", "close"]
+Action = Literal["flush", "prepare", "commit", "rollback", "invalidate", "close"]
 
 
 class Party(Protocol):

@@ -36,6 +36,10 @@ class UnknownDatabaseError(ConfigurationError, LookupError):
     """No database is configured under this name."""
 
 
+class TwoPhaseUnavailableError(ConfigurationError):
+    """`two_phase=True`, where the driver or the server cannot prepare a transaction."""
+
+
 class DatabaseFileError(ConfigurationError, OSError):
     """The SQLite file, or its folder, cannot be created or written."""
 
@@ -142,8 +146,29 @@ class PartialCommitError(TransactionError):
         self.rolled_back = rolled_back
 
 
+class CommitPendingError(TransactionError):
+    """A two-phase commit is decided, and done, but not every database has confirmed its part.
+
+    What is pending is kept by its database, with its locks, until `python -m repom.recovery`
+    commits it.
+
+    Attributes:
+        committed: names of the databases that have confirmed their COMMIT.
+        pending: names of the others; the error of the first is the `__cause__`.
+        unit: the name of the unit of work in the ids of its prepared transactions.
+    """
+
+    def __init__(
+        self, message: str, *, committed: list[str], pending: list[str], unit: str
+    ) -> None:
+        super().__init__(message)
+        self.committed = committed
+        self.pending = pending
+        self.unit = unit
+
+
 #: After one of these, something of the transaction may be in a database.
-MAY_BE_COMMITTED = (CommitOutcomeUnknown, PartialCommitError)
+MAY_BE_COMMITTED = (CommitOutcomeUnknown, CommitPendingError, PartialCommitError)
 
 
 class ConcurrentSessionUse(TransactionError):

@@ -16,6 +16,7 @@ from repom.errors import MAY_BE_COMMITTED, ScopeError
 from repom.gate import scope_closed
 from repom.participant import perform, perform_sync
 from repom.shield import run_to_end
+from repom.two_phase import two_phase_steps
 
 if TYPE_CHECKING:
     from repom.scope import SessionScope
@@ -127,7 +128,11 @@ def _end_transactions_sync(scope: SessionScope, commit: bool) -> None:
 
 def _ending_steps(scope: SessionScope, commit: bool) -> Steps:
     parties = [participant for participant in scope.participants if participant.in_transaction]
-    return commit_steps(parties) if commit else rollback_steps(parties)
+    if not commit:
+        return rollback_steps(parties)
+    if scope.branches is not None:
+        return two_phase_steps(parties, scope.branches)
+    return commit_steps(parties)
 
 
 def _settle(scope: SessionScope, commit: bool) -> None:
@@ -142,7 +147,7 @@ def _settle_failed(scope: SessionScope, error: BaseException) -> None:
         not_run = scope.callbacks.forget()
         if not_run:
             logger.warning(
-                "%d callback(s) of %s were not run: whether it was committed is not known",
+                "%d callback(s) of %s were not run: it is not known to be committed everywhere",
                 not_run,
                 scope.label,
             )

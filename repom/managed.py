@@ -32,13 +32,13 @@ from repom.blocks import Visitor
 from repom.callbacks import TOLD_BY_THE_OWNER, Callbacks
 from repom.cursors import Cursors
 from repom.dialects.base import CLOSED_BY_COMMIT, aborted
+from repom.ending import Action
 from repom.errors import InnerCommitError, TransactionError
 from repom.gate import Gate, block_not_left
 from repom.lost_changes import Watching, doomed, flush_began, flush_ended, refreshing
 from repom.observer import committing_apart
 
 InnerCommits = Literal["defer", "allow", "forbid"]
-Ending = Literal["flush", "commit", "rollback", "close"]
 
 #: Methods of Session that may talk to the database, and mean for us what they mean.
 _OPERATIONS = (
@@ -90,7 +90,7 @@ class ManagedSession(Watching, Session):
     repom_flushing = False
     _repom_ends = False  # so that `commit()` and `close()` mean what they say
 
-    def end(self, how: Ending) -> None:
+    def end(self, how: Action) -> None:
         """End the transaction for real. Only the owner of the scope calls this.
 
         Raises:
@@ -100,7 +100,7 @@ class ManagedSession(Watching, Session):
         """
         if self.repom_abandoned:
             return
-        commits = how in ("flush", "commit")
+        commits = how in ("flush", "prepare", "commit")
         try:
             entered = self.repom_gate.enter(ending=not commits, committing=commits)
         except asyncio.CancelledError as error:  # by the time limit, for nobody else can
@@ -123,8 +123,8 @@ class ManagedSession(Watching, Session):
             if entered:
                 self.repom_gate.leave()
 
-    def _for_real(self, how: Ending) -> None:
-        if self.repom_doom is not None and how in ("flush", "commit"):
+    def _for_real(self, how: Action) -> None:
+        if self.repom_doom is not None and how in ("flush", "prepare", "commit"):
             raise doomed(self)
         if how == "rollback":
             # Detached first, the objects keep what they have loaded. Rolled back with them,
@@ -132,10 +132,14 @@ class ManagedSession(Watching, Session):
             # have to ask the database again.
             self.expunge_all()
         self._repom_ends = True
+        twophase = self.twophase
+        if twophase and how == "commit":
+            self.twophase = False  # or it would be prepared; where it is to be, it has been
         try:
             getattr(self.repom_class, how)(self)
         finally:
             self._repom_ends = False
+            self.twophase = twophase
 
     def begin(self, nested: bool = False) -> SessionTransaction:
         policy = self.repom_inner_commits

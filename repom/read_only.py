@@ -11,7 +11,8 @@ from sqlalchemy import event
 from sqlalchemy.orm import Session, SessionTransaction
 
 from repom.dialects.read_only import READING, Reading
-from repom.managed import Ending, ManagedSession, managed_class
+from repom.ending import Action
+from repom.managed import ManagedSession, managed_class
 
 
 class ReadOnlySession(ManagedSession):
@@ -27,7 +28,7 @@ class ReadOnlySession(ManagedSession):
             self._repom_reading = Reading(self.repom_label)
         return self._repom_reading
 
-    def _for_real(self, how: Ending) -> None:
+    def _for_real(self, how: Action) -> None:
         if how in ("flush", "commit"):
             self.repom_reading.check()
         super()._for_real(how)

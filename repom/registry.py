@@ -57,6 +57,11 @@ class Databases:
         """What is disposed of after the last one."""
         return [database for _, database in self.items()]
 
+    def known(self) -> list[Database]:
+        """All that can be asked for by a name, those of the configuration included."""
+        names = [*get_config().databases, *(self._by_name or [DEFAULT])]
+        return [self._by_name.get(name) or get_database(name) for name in names]
+
     def overlaid(self, database: str | Database | None) -> Databases:
         """These databases, with `database` as the default one."""
         if database is None or database == DEFAULT:

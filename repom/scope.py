@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from repom import finish
+from repom.branches import Branches
 from repom.callbacks import Callback, Callbacks
 from repom.context import Surroundings, surroundings
 from repom.database import BeginOptions, Database
@@ -70,6 +71,8 @@ class SessionScope:
     _loop: asyncio.AbstractEventLoop | None = None
     _token: Token[Surroundings | None] | None = None
     _turn: Turn | None = None
+    #: Of a unit of work that ends by a two-phase commit; set by its owner.
+    branches: Branches | None = None
     _participants: Mapping[Database, Participant] = MappingProxyType({})
     # By what was asked for, so that `current_session()` is one look-up.
     _async_sessions: Mapping[str | Database, AsyncSession] = MappingProxyType({})
@@ -224,6 +227,9 @@ class SessionScope:
                 found = kind(
                     name, database, self._begin, self._inner_commits, callbacks, self.label
                 )
+                # What a test commits, it rolls back in the end.
+                if self.branches is not None and database.stand_in is None:
+                    self.branches.take_part(found.sync_session, database)
                 self._participants = {**self._participants, database: found}
                 self.participants = self._in_order()
         if not isinstance(found, kind):
@@ -331,11 +337,11 @@ class SessionScope:
             is_sync=is_sync,
         )
         unit.observer = IGNORING  # the work that waits for the end has ended
-        return unit
+        return self._alike(unit)
 
     def again(self) -> SessionScope:
         """A unit of work for another attempt at what this one has lost."""
-        return SessionScope(
+        unit = SessionScope(
             self.databases,
             label=self.label,
             begin=self._begin,
@@ -344,6 +350,12 @@ class SessionScope:
             is_sync=self.is_sync,
             attempt=self.attempt + 1,
         )
+        return self._alike(unit)
+
+    def _alike(self, unit: SessionScope) -> SessionScope:
+        if self.branches is not None:
+            unit.branches = Branches(self.databases)
+        return unit
 
     def closed(self) -> None:
         """The scope is over: its sessions are no longer given out, nor kept alive.

@@ -16,6 +16,7 @@ from contextlib import (
 from typing import Any, TypeVar
 
 from repom import finish
+from repom.branches import Branches
 from repom.conflicts import is_conflict
 from repom.current import databases_here
 from repom.database import (
@@ -47,13 +48,14 @@ def new_scope(
     label: object = "session_scope()",
     is_sync: bool = False,
     attempt: int = 1,
+    two_phase: bool = False,
 ) -> SessionScope:
     """A scope for the databases known here, not yet entered; see `session_scope`."""
     raise_failure()
     begin = BeginOptions(sqlite_begin, isolation_level)
     if read_only:
         begin = _read_only_begin(read_only, isolation_level)
-    return SessionScope(
+    scope = SessionScope(
         databases_here().overlaid(database),
         label=label,
         begin=begin,
@@ -62,6 +64,9 @@ def new_scope(
         is_sync=is_sync,
         attempt=attempt,
     )
+    if two_phase and not read_only:
+        scope.branches = Branches(scope.databases)
+    return scope
 
 
 def _read_only_begin(read_only: ReadOnly, isolation_level: str | None) -> BeginOptions:
@@ -82,6 +87,7 @@ def session_scope(
     inner_commits: InnerCommits = "defer",
     end_timeout: float = END_TIMEOUT,
     sqlite_begin: Begin = "IMMEDIATE",
+    two_phase: bool = False,
 ) -> AbstractAsyncContextManager[AsyncSessionT]:
     """A unit of work for jobs, scripts, WebSocket messages and parallel writers.
 
@@ -99,6 +105,7 @@ def session_scope(
             block commits), "allow", or "forbid".
         end_timeout: seconds that the end may take before the connection is closed.
         sqlite_begin: how it begins on SQLite. "DEFERRED" for a block that only reads.
+        two_phase: whether several databases commit all or nothing, by their two-phase commit.
 
     Raises:
         Exception: what COMMIT raised; nothing was committed then.
@@ -120,6 +127,7 @@ def session_scope(
             inner_commits=inner_commits,
             end_timeout=end_timeout,
             sqlite_begin=sqlite_begin,
+            two_phase=two_phase,
         )
     )
 
@@ -146,6 +154,7 @@ def sync_session_scope(
     isolation_level: str | None = None,
     inner_commits: InnerCommits = "defer",
     sqlite_begin: Begin = "IMMEDIATE",
+    two_phase: bool = False,
 ) -> AbstractContextManager[SessionT]:
     """The sync twin of `session_scope`; inside it, use `current_sync_session()`.
 
@@ -163,6 +172,7 @@ def sync_session_scope(
             sqlite_begin=sqlite_begin,
             label="sync_session_scope()",
             is_sync=True,
+            two_phase=two_phase,
         )
     )
 
@@ -203,6 +213,7 @@ async def run_transaction(
     retries: int = 3,
     retry_on: RetryOn = is_conflict,
     isolation_level: str | None = None,
+    two_phase: bool = False,
 ) -> R:
     """Call `function` in a unit of work, and once more in a new one if that lost a conflict.
 
@@ -217,6 +228,7 @@ async def run_transaction(
         retries: how often it may be repeated, after a growing pause.
         retry_on: `retry_on(error)` says whether an error is worth it.
         isolation_level: as for `session_scope`.
+        two_phase: as for `session_scope`.
 
     Returns:
         What `function` returned in the attempt that was committed.
@@ -241,6 +253,7 @@ async def run_transaction(
             isolation_level=isolation_level,
             label=_name(function),
             attempt=attempts.number,
+            two_phase=two_phase,
         )
         try:
             async with _inside(make):
@@ -259,6 +272,7 @@ def run_sync_transaction(
     retries: int = 3,
     retry_on: RetryOn = is_conflict,
     isolation_level: str | None = None,
+    two_phase: bool = False,
 ) -> R:
     """The sync twin of `run_transaction`; inside it, use `current_sync_session()`.
 
@@ -274,6 +288,7 @@ def run_sync_transaction(
             label=_name(function),
             is_sync=True,
             attempt=attempts.number,
+            two_phase=two_phase,
         )
         try:
             with _inside_sync(make):

@@ -23,6 +23,7 @@ from repom.errors import (
     DatabaseUnreachableError,
     RepomError,
     TransactionAbortedError,
+    TwoPhaseUnavailableError,
 )
 from repom.lending import LendingQueuePool
 from repom.observer import observer_here
@@ -108,6 +109,17 @@ class Support:
         """
         return False
 
+    def check_two_phase(self) -> None:
+        """Raise what can be known, without connecting, against two-phase transactions."""
+        raise TwoPhaseUnavailableError(
+            f"two_phase=True: {self.url.drivername} has no two-phase commit.\n"
+            "It is to be had with PostgreSQL by psycopg or psycopg2, and with MySQL and MariaDB."
+        )
+
+    def prepare_failed(self, error: Exception) -> RepomError | None:
+        """The error to raise in place of one by which the server could not prepare, if any."""
+        return None
+
     def connect_failed(self, error: Exception) -> RepomError:
         """The error to raise when no connection could be made."""
         said = " ".join(str(error).split())  # psycopg takes several lines
@@ -146,7 +158,7 @@ class Support:
         dialect: Any = engine.dialect
         dialect.connect = partial(self._connect, dialect.connect)
         dialect.do_begin = partial(self._begin, dialect.do_begin)
-        dialect.do_commit = partial(self._commit, dialect.do_commit)
+        dialect.do_commit = partial(self.commit, dialect.do_commit)
         dialect.do_rollback = partial(self._rollback, dialect.do_rollback)
         self.watch(engine)
 
@@ -173,7 +185,8 @@ class Support:
         info.pop(CLOSED_BY_COMMIT, None)
         info.pop(_IS_CLEAN, None)
 
-    def _commit(self, do_commit: Callable[..., None], connection: PoolProxiedConnection) -> None:
+    def commit(self, do_commit: Callable[..., None], connection: PoolProxiedConnection) -> None:
+        """COMMIT by `do_commit(connection)`, unless the server would not."""
         # What is raised here, `_on_error` sees.
         if self.is_aborted(connection):
             raise aborted()

@@ -60,6 +60,9 @@ class MySQL(Support):
             return "read-only" in str(error).replace("_", "-")
         return number in _DEMOTED
 
+    def check_two_phase(self) -> None:
+        """XA is SQL, which every driver can send."""
+
     def abandon(self, driver_connection: Any) -> None:
         driver_connection.close()
 

@@ -11,6 +11,8 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from repom.dialects.base import Support, aborted
 from repom.dialects.hosts import TIMEOUT, connect_to_one, has_several_hosts
+from repom.errors import RepomError, TwoPhaseUnavailableError
+from repom.urls import safe
 
 POSTGRESQL_DRIVERS = frozenset({"asyncpg", "psycopg", "psycopg_async", "psycopg2"})
 
@@ -106,6 +108,23 @@ class PostgreSQL(Support):
 
     def is_demoted(self, error: Exception) -> bool:
         return sqlstate(error) == _READ_ONLY
+
+    def check_two_phase(self) -> None:
+        if self.driver == "asyncpg":
+            raise TwoPhaseUnavailableError(
+                "two_phase=True: asyncpg has no two-phase commit.\n"
+                "Write postgresql+psycopg:// in the URL: that driver has it, sync and async."
+            )
+
+    def prepare_failed(self, error: Exception) -> RepomError | None:
+        # In the hint, in every language; psycopg leaves the SQLSTATE out.
+        if "max_prepared_transactions" not in str(error):
+            return None
+        return TwoPhaseUnavailableError(
+            f"two_phase=True: {safe(self.url)} cannot prepare it: {str(error).splitlines()[0]}.\n"
+            "Set max_prepared_transactions in postgresql.conf to at least max_connections, and "
+            "restart the server: by default it is 0."
+        )
 
     def abandon(self, driver_connection: Any) -> None:
         if self.driver == "asyncpg":

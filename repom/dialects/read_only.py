@@ -156,9 +156,9 @@ class ReadOnly(Support):
             self._enter(connection, snapshot=is_snapshot)
             do_begin(connection)
 
-    def _commit(self, do_commit: Callable[..., None], connection: PoolProxiedConnection) -> None:
+    def commit(self, do_commit: Callable[..., None], connection: PoolProxiedConnection) -> None:
         if _IN_TRANSACTION in connection.info:
-            super()._commit(do_commit, connection)
+            super().commit(do_commit, connection)
             self._over(connection)
 
     def _rollback(

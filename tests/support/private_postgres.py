@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from tests.support.databases import in_ci
-from tests.support.reader import execute
+from tests.support.reader import execute, rows
 
 _OPTIONS = (
     "-c listen_addresses=127.0.0.1 -c fsync=off -c shared_buffers=8MB -c max_connections=20"
-    " -c unix_socket_directories=''"
+    " -c unix_socket_directories='' -c max_prepared_transactions=10"
 )
 
 
@@ -121,3 +121,22 @@ def private_postgres() -> Iterator[PrivatePostgres]:
     """A server that runs, for this test alone; skipped without the binaries, which CI has."""
     with _running() as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def preparing_server() -> Iterator[PrivatePostgres]:
+    """A server that prepares transactions, as others by default do not; one for each module."""
+    with _running() as server:
+        yield server
+
+
+@pytest.fixture
+def preparing_url(preparing_server: PrivatePostgres) -> Iterator[str]:
+    """The URL of its database, empty; what a test has left prepared fails the test."""
+    execute(preparing_server.url, "DROP SCHEMA public CASCADE")
+    execute(preparing_server.url, "CREATE SCHEMA public")
+    yield preparing_server.url
+    left = rows(preparing_server.url, "SELECT gid FROM pg_prepared_xacts")
+    for (gid,) in left:
+        execute(preparing_server.url, f"ROLLBACK PREPARED '{gid}'")
+    assert left == []

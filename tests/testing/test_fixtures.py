@@ -40,7 +40,7 @@ TESTS = """
 import pytest
 from sqlalchemy import inspect, select
 from models import Note, logs
-from repom import get_database, session_scope, sync_session_scope
+from repom import current_session, get_database, session_scope, sync_session_scope
 
 @pytest.mark.parametrize("number", range(2))
 async def test_several_databases_at_once(default_session, reports_session, logs_session, number):
@@ -50,6 +50,14 @@ async def test_several_databases_at_once(default_session, reports_session, logs_
             unit.add(Note(id=expected))
     for expected, (database, session) in enumerate(pairs):
         assert (await session.scalars(select(Note.id))).all() == [expected]
+
+async def test_two_phase_is_one_phase(default_session, reports_session):
+    # SQLite could not prepare anything; nothing of a test is prepared, on no database.
+    async with session_scope(two_phase=True) as unit:
+        unit.add(Note(id=1))
+        current_session("reports").add(Note(id=2))
+    assert (await default_session.scalars(select(Note.id))).all() == [1]
+    assert (await reports_session.scalars(select(Note.id))).all() == [2]
 
 async def test_one_of_them(reports_session):
     assert logs.stand_in is None and get_database().stand_in is None
