@@ -297,6 +297,16 @@ async def test_repeated_after_a_conflict(pair: Pair) -> None:
     assert pair.written() == ({1}, {1})
 
 
+async def test_what_only_reads_prepares_nothing(pair: Pair) -> None:
+    """It has nothing to commit."""
+    with both(pair) as databases:
+        async with session_scope("pg", read_only=True, two_phase=True):
+            for name in ("pg", "my"):
+                assert await current_session(name).scalar(text("SELECT count(*) FROM t")) == 0
+        for database in databases:
+            await database.dispose()
+
+
 # --- lost connections
 
 
@@ -404,9 +414,13 @@ async def test_a_database_without_a_name(pair: Pair) -> None:
 # --- the middleware
 
 
-def serve(endpoint: Callable[[Request], Any], pg: Database, my: Database) -> Starlette:
+def serve(
+    endpoint: Callable[[Request], Any], pg: Database, my: Database, **options: Any
+) -> Starlette:
     app = Starlette(routes=[Route("/", endpoint, methods=["POST"])])
-    app.add_middleware(DatabaseSessionMiddleware, database={"pg": pg, "my": my}, two_phase=True)
+    app.add_middleware(
+        DatabaseSessionMiddleware, database={"pg": pg, "my": my}, two_phase=True, **options
+    )
     return app
 
 
@@ -424,6 +438,27 @@ async def test_requests(pair: Pair) -> None:
             for status in (201, 409):
                 assert (await request(app, "POST", f"/?status={status}")).status == status
     assert pair.written() == ({201}, {201})
+
+
+async def test_a_request_that_is_repeated(pair: Pair) -> None:
+    """A conflict that PREPARE finds has left nothing, and every attempt has its own branches."""
+    execute(
+        pair.pg_url,
+        "CREATE FUNCTION lose() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN RAISE EXCEPTION 'conflict' USING ERRCODE = '40001'; END $$;"
+        " CREATE CONSTRAINT TRIGGER lose AFTER INSERT ON t DEFERRABLE INITIALLY DEFERRED"
+        " FOR EACH ROW WHEN (NEW.id = 1) EXECUTE FUNCTION lose()",
+    )
+
+    async def endpoint(request: Request) -> Response:
+        await work_on(("my", "pg"), current_scope().attempt)
+        return Response(status_code=201)
+
+    with both(pair) as (pg, my):
+        assert (await request(serve(endpoint, pg, my, retries=1), "POST")).status == 201
+        await pg.dispose()
+        await my.dispose()
+    assert pair.written() == ({2}, {2})
 
 
 async def test_a_request_of_which_a_part_is_pending(

@@ -230,3 +230,32 @@ def test_an_overlay_by_an_unknown_name_is_an_error_when_it_is_used() -> None:
     """It says which names there are."""
     with pytest.raises(UnknownDatabaseError):
         Databases({}).overlaid("typo")[None]
+
+
+class Small(RepomConfig):
+    db_url = "sqlite:///default.db"
+
+    @property
+    def databases(self) -> Mapping[str, object]:
+        return {"reports": REPORTS}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, ["sqlite:///reports.db", "sqlite:///default.db"]),
+        ("sqlite:///other.db", ["sqlite:///reports.db", "sqlite:///other.db"]),
+        (
+            {"reports": "sqlite:///2.db", "other": "sqlite:///3.db"},
+            ["sqlite:///2.db", "sqlite:///2.db", "sqlite:///3.db"],
+        ),
+    ],
+)
+def test_known_databases(monkeypatch: pytest.MonkeyPatch, given: Any, expected: list[str]) -> None:
+    """Those of the configuration, unless others have their names, and those that were given;
+    whichever is the default one."""
+    monkeypatch.setitem(globals(), "make_config", Small)
+    databases = as_databases(given)
+    assert [shown(database) for database in databases.known()] == expected
+    assert databases.overlaid("reports").known() == databases.known()
+    assert databases.overlaid(Database("sqlite://")).known() == databases.known()
