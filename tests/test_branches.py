@@ -249,6 +249,27 @@ async def test_one_database_commits_in_one_phase(pair: Pair) -> None:
     assert pair.written() == ({1}, {1})
 
 
+async def test_what_mariadb_is_asked(pair: Pair) -> None:
+    """As much as the guide says, and nothing when the connection goes back to its pool."""
+    async with FaultProxy(pair.my_url) as proxy:
+        databases = (
+            Database(with_driver(pair.pg_url, "psycopg")),
+            Database(with_driver(proxy.url, "aiomysql")),
+        )
+        pair.used_as(*databases)
+        with named(pg=databases[0], my=databases[1]):
+            for number, order in enumerate([("my",), ("pg", "my")], start=1):
+                async with session_scope("pg", two_phase=True):
+                    await work_on(order, 10 * number)  # connects
+                before = proxy.round_trips
+                async with session_scope("pg", two_phase=True):
+                    await work_on(order, 10 * number + 1)
+                # The statement, XA BEGIN, XA END, and one COMMIT, or PREPARE and COMMIT.
+                assert proxy.round_trips - before == 3 + number
+            for database in databases:
+                await database.dispose()
+
+
 async def test_early_commits_begin_anew(pair: Pair) -> None:
     """`current_scope().commit()` is a two-phase commit, too, and the next one has other ids."""
     with both(pair) as databases:

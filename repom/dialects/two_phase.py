@@ -65,15 +65,12 @@ class _TwoPhase:
     def commit(
         self, connection: Connection, xid: str, is_prepared: bool = True, recover: bool = False
     ) -> None:
-        if is_prepared:
-            self._do_commit(connection, xid, is_prepared, recover)
-        else:
-            self._support.commit(
-                lambda _: self.commit_in_one_phase(connection, xid), connection.connection
-            )
+        self._support.commit(
+            lambda _: self.do_commit(connection, xid, is_prepared), connection.connection
+        )
 
-    def commit_in_one_phase(self, connection: Connection, xid: str) -> None:
-        self._do_commit(connection, xid, False)
+    def do_commit(self, connection: Connection, xid: str, is_prepared: bool) -> None:
+        self._do_commit(connection, xid, is_prepared)
 
     def rollback(
         self, connection: Connection, xid: str, is_prepared: bool = True, recover: bool = False
@@ -101,7 +98,9 @@ class _XA(_TwoPhase):
                     raise
         connection.execute(text("XA ROLLBACK :xid"), {"xid": xid})
 
-    def commit_in_one_phase(self, connection: Connection, xid: str) -> None:
-        # SQLAlchemy would prepare it first, and leave it prepared if it got no further.
-        connection.execute(text("XA END :xid"), {"xid": xid})
-        connection.execute(text("XA COMMIT :xid ONE PHASE"), {"xid": xid})
+    def do_commit(self, connection: Connection, xid: str, is_prepared: bool) -> None:
+        one_phase = "" if is_prepared else " ONE PHASE"
+        if not is_prepared:
+            # SQLAlchemy would prepare it first, and leave it prepared if it got no further.
+            connection.execute(text("XA END :xid"), {"xid": xid})
+        connection.execute(text(f"XA COMMIT :xid{one_phase}"), {"xid": xid})
