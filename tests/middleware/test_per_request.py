@@ -184,6 +184,31 @@ async def test_everything_of_a_request_has_its_database(sqlite_tenants: Database
     await sqlite_tenants.dispose()
 
 
+async def test_a_request_that_is_served_again(sqlite_tenants: DatabaseCache) -> None:
+    """After a lost conflict it is the same database's, and is not chosen anew."""
+    choose = Chooser(sqlite_tenants)
+    attempts: list[int] = []
+
+    async def respond(send: Send) -> None:
+        attempts.append(current_scope().attempt)
+        await write(f"attempt {attempts[-1]}")
+        if len(attempts) < 3:
+            raise LookupError
+        await answer(send)
+
+    app = DatabaseSessionMiddleware(
+        responding(respond),
+        choose,
+        retries=3,
+        retry_on=lambda error: isinstance(error, LookupError),
+    )
+    response = await ask(app, "b")
+    assert (response.status, attempts, choose.calls) == (200, [1, 2, 3], 1)
+    async with session_scope(sqlite_tenants["b"]) as session:
+        assert (await session.scalars(READ)).all() == ["attempt 3"]
+    await sqlite_tenants.dispose()
+
+
 async def test_what_layers_inside_have_found_out(sqlite_tenants: DatabaseCache) -> None:
     """It is chosen when a session is first asked for, so the path parameters, say, are known."""
     app = FastAPI()
