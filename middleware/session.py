@@ -9,7 +9,6 @@ from typing import Any, get_args
 
 from sqlalchemy import URL
 
-from repom import readers
 from repom.branches import Branches
 from repom.config import RepomConfig
 from repom.conflicts import is_conflict
@@ -147,6 +146,16 @@ class DatabaseSessionMiddleware:
         """
         return PerRequest(self._given) if callable(self._given) else as_databases(self._given)
 
+    @cached_property
+    def _carries_writes(self) -> bool:
+        """Whether what a client has written may matter to its next request."""
+        if self.own_writes is None:
+            return False
+        databases = self.databases
+        if isinstance(databases, PerRequest):  # and nobody knows which they are
+            return True
+        return any(database.readers is not None for database in databases.known())
+
     def _chosen_for(self, scope: Scope) -> Databases:
         databases = self.databases
         assert isinstance(databases, PerRequest)
@@ -166,7 +175,7 @@ class DatabaseSessionMiddleware:
             try:
                 if kind == "websocket":
                     await self._connect(scope, receive, send)
-                elif readers.exist and self.own_writes is not None:
+                elif self._carries_writes:
                     await self._serve_knowing(scope, receive, send)
                 else:
                     await self._exchange_for(scope, send).run(self.app, receive)

@@ -39,10 +39,6 @@ RETRY_AFTER = 5.0
 ANSWER_WITHIN = 2.0
 
 
-#: Whether any database of this process has readers: what a client has written matters then.
-exist = False
-
-
 class Reader:
     """One replica, and what is known of it.
 
@@ -122,8 +118,6 @@ class Readers:
         *,
         max_lag: float,
     ) -> None:
-        global exist
-        exist = True
         self.all = [Reader(database) for database in databases]
         self.window = max_lag + 4 * CHECK_EVERY
         url = writer.url.set(password=None, username=None, query={})
