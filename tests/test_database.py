@@ -254,6 +254,18 @@ async def test_the_isolation_level_is_that_of_the_bind(
         await database.dispose()
 
 
+def test_who_is_told_of_engines(sqlite_url: str) -> None:
+    """Of all that the database makes for its sessions: for reading and for its readers, too."""
+    database = Database(sqlite_url, readers=[sqlite_url])
+    told: list[tuple[Database, Engine]] = []
+    database.on_engine = lambda of, engine: told.append((of, engine))
+    assert database.readers is not None
+    reader = database.readers.all[0].database
+    engines = [database.engine, database.for_reading().engine, reader.for_reading().engine]
+    assert told == [(database, engine) for engine in engines]
+    database.dispose_sync()
+
+
 # --- sessions ---------------------------------------------------------------------------------
 
 

@@ -171,6 +171,29 @@ async def test_units_of_work_that_only_read(
     await cache.dispose()
 
 
+@pytest.mark.parametrize("tenant_urls", ["postgresql"], indirect=True)
+async def test_databases_with_readers(tenant_urls: dict[str, str]) -> None:
+    """The pools of the readers are those of the same database as well."""
+
+    def make(name: str) -> Database:
+        return Database(tenant_urls[name], readers=[tenant_urls[name]])
+
+    cache = DatabaseCache(make, max_open=1)
+    kept = [cache[name] for name in NAMES]
+    for name in "abcdeabcde":  # the second time the readers need not be asked how they are
+        async with session_scope(cache[name], read_only=True) as session:
+            await session.execute(READ)
+        assert opened(cache) == [name]
+    await until(lambda: connected(tenant_urls.values()) == 1)
+    async with session_scope(cache["e"], read_only=True) as session:
+        await session.execute(READ)
+        for name in "abc":
+            await use(cache[name])
+        assert opened(cache) == ["e", "c"]
+    await cache.dispose()
+    assert len(kept) == len(NAMES)
+
+
 # --- sync code, and other loops
 
 

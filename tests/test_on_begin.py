@@ -160,6 +160,24 @@ async def test_units_of_work_that_only_read(rows_url: str, read_only: Any) -> No
     await database.dispose()
 
 
+async def test_readers(rows_url: str) -> None:
+    """A replica is asked as the tenant, too."""
+    database = Database(rows_url, readers=[rows_url], engine_kwargs=ONE, on_begin=choose_rows)
+    for name in "abab":
+        tenant.set(name)
+        async with session_scope(database) as session:
+            await session.execute(WRITE, {"text": "x"})
+
+    async def look_as(name: str) -> None:
+        tenant.set(name)
+        async with session_scope(database, read_only=True) as session:
+            for _ in range(2):
+                assert (await session.scalars(READ)).all() == [name]
+
+    await asyncio.gather(*(look_as(name) for name in "ab" * 10))
+    await database.dispose()
+
+
 async def test_nothing_is_left_on_the_connection(rows_url: str) -> None:
     """A session that no `on_begin` was called for, on the connection of one it was called for,
     has no tenant: PostgreSQL has forgotten it with the transaction."""
