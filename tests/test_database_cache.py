@@ -134,9 +134,12 @@ async def test_many_at_once(cache: DatabaseCache, tenant_urls: dict[str, str]) -
     kinds = {type(each) for each in outcomes}
     assert {type(None), LookupError} <= kinds
     assert any(issubclass(kind, SQLAlchemyError) for kind in kinds)
-    assert {name: texts(tenant_urls[name]) for name in NAMES} == {
-        name: [name] * count for name, count in expected.items()
-    }
+    found = {name: texts(tenant_urls[name]) for name in NAMES}
+    assert all(set(found[name]) == {name} for name in NAMES)
+    assert all(len(found[name]) >= expected[name] for name in NAMES)
+    # What is cancelled in its COMMIT is committed all the same.
+    more = sum(map(len, found.values())) - sum(expected.values())
+    assert more <= sum(isinstance(each, asyncio.CancelledError) for each in outcomes)
     assert most > 2, "or this test shows nothing"
     assert len(cache.open) == 2
     if not tenant_urls["a"].startswith("sqlite"):
