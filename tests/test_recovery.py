@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from sqlalchemy.engine import make_url
 
+import repom.recovery
 from repom.database import Database
 from repom.in_doubt import InDoubt
 from repom.recovery import Recovery, main
@@ -179,9 +180,9 @@ def test_what_was_not_there_before_the_wait_is_let_be(
         waited.append(seconds)
         die("commit_twophase 1", urls, 2)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(time, "sleep", meanwhile)
-        assert main([*named(urls), "--end"]) == 0
+    # Of that module alone: `subprocess` sleeps, too.
+    monkeypatch.setattr(repom.recovery, "time", SimpleNamespace(sleep=meanwhile))
+    assert main([*named(urls), "--end"]) == 0
     assert waited == [60.0]
     (new,) = find(urls)
     assert new.unit != left_over.unit
