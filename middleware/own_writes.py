@@ -63,7 +63,7 @@ def own_writes_of(value: str, window: float = MAX_AGE) -> OwnWrites:
 def sent_with(asgi_scope: Scope, by: CarriedBy) -> OwnWrites:
     """What the client of a request has written before."""
     name = HEADER if by == "header" else b"cookie"
-    for found, value in asgi_scope["headers"]:
+    for found, value in asgi_scope.get("headers", ()):
         if found == name:
             text = value.decode("latin-1")
             sent = text if by == "header" else _in_cookies(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from sqlalchemy import Connection, event
@@ -12,7 +13,8 @@ from repom.errors import DatabaseUnreachableError
 from repom.managed import ManagedSession, managed_class
 from repom.own_writes import note_commit, own_writes
 from repom.read_only import ReadOnlySession, read_only_class
-from repom.readers import Reader, Readers
+from repom.reader import Reader
+from repom.readers import Readers
 
 
 class RoutedSession(ManagedSession):
@@ -64,7 +66,7 @@ class ReaderSession(RoutedSession, ReadOnlySession):
                 readers.left(reader)
                 if not isinstance(error, DatabaseUnreachableError):
                     raise
-                readers.failed(reader, error)
+                reader.failed(time.monotonic(), error)
                 tried.append(reader)
             else:
                 self._repom_reader, self._repom_engine = reader, target

@@ -6,6 +6,7 @@ are late and that fail: tests/cluster/test_readers.py.
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
@@ -17,7 +18,7 @@ from sqlalchemy.orm import Session
 from repom import Database, atomic, current_scope, session_scope, sync_session_scope
 from repom.errors import ReadOnlyError
 from repom.own_writes import OwnWrites, own_writes
-from repom.readers import Lag, Reader
+from repom.reader import CHECK_EVERY, Reader
 from tests.support.faultproxy import FaultProxy
 from tests.support.polling import block_until
 from tests.support.reader import execute, open_transactions, rows
@@ -121,8 +122,8 @@ async def test_nobody_reads_from_what_is_not_known(database: Database) -> None:
     """While the first one asks the readers, the others do not wait for that."""
     first, second = await asyncio.gather(read_by(database), read_by(database))
     assert {first, second} == {"reader 0", "writer"}
-    reader_of(database).known_until = reader_of(database, 1).known_until = 0
-    assert await read_by(database) == "writer"
+    later = time.monotonic() + 3 * CHECK_EVERY
+    assert not any(reader_of(database, number).is_usable(later) for number in (0, 1))
 
 
 async def test_how_often_readers_are_asked(postgres_url: str) -> None:
@@ -187,7 +188,7 @@ async def test_a_reader_that_does_not_answer(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever asks it waits for a limited time."""
-    monkeypatch.setattr("repom.readers.ANSWER_WITHIN", 0.2)
+    monkeypatch.setattr("repom.replication.ANSWER_WITHIN", 0.2)
     clear = make_url(postgres_url).update_query_dict({"sslmode": "disable"})
     async with FaultProxy(clear.render_as_string(hide_password=False)) as proxy:
         database = Database(named(postgres_url, "writer"), readers=[proxy.url])
@@ -195,26 +196,6 @@ async def test_a_reader_that_does_not_answer(
         async with asyncio.timeout(5):
             assert await read_by(database) == "writer"
         await database.dispose()
-
-
-@pytest.mark.parametrize(
-    ("asked", "now", "required"),
-    [
-        ([], 100.0, 0),
-        ([(100.0, 5)], 100.0, 5),  # nothing older is known
-        ([(89.0, 4), (95.0, 5), (100.0, 6)], 100.0, 4),
-        ([(10.0, 1), (100.0, 6)], 100.0, 6),  # what is too old says nothing
-        ([(10.0, 1)], 100.0, 1),  # but while the writer does not answer, it is all there is
-    ],
-)
-def test_how_far_a_reader_may_be_behind(
-    asked: list[tuple[float, int]], now: float, required: int
-) -> None:
-    """It has what the writer had ten seconds ago, or what is known instead."""
-    lag = Lag(10.0)
-    for when, position in asked:
-        lag.note(when, position)
-    assert lag.required(now) == required
 
 
 # --- own writes

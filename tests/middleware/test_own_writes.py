@@ -101,7 +101,7 @@ async def test_a_writer_that_does_not_tell(
     database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The answer is the same; the client reads from the writer for a while."""
-    monkeypatch.setattr("repom.readers.ANSWER_WITHIN", -1)
+    monkeypatch.setattr("repom.replication.ANSWER_WITHIN", -1)
     found = await request(App(database).app, "POST")
     assert found.status == 200
     assert f"{key_of(database)}@" in str(found.header("set-cookie"))
