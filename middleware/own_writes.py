@@ -53,8 +53,7 @@ def own_writes_of(value: str, window: float = MAX_AGE) -> OwnWrites:
             continue
         key, kind, number = found[1], found[2], int(found[3], 16)
         if kind == ":":
-            # No log is longer, and no database would take it for a number.
-            own.positions[key] = min(number, 2**63 - 1)
+            own.positions[key] = number
         elif (left := number - time.time()) <= window + _SKEW:
             own.only_writer(key, left)
     return own

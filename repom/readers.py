@@ -11,7 +11,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -67,14 +67,11 @@ class Readers:
 
     # --- choosing
 
-    def choose(
-        self, own: OwnWrites | None, tried: Iterable[Reader] = (), *, is_async: bool
-    ) -> Reader | None:
+    def choose(self, own: OwnWrites | None, *, is_async: bool) -> Reader | None:
         """The reader for a unit of work; None for the writer. Whoever gets one calls `left`.
 
         Args:
             own: what the reader must have.
-            tried: those that could not be connected to.
             is_async: whether it is one of an async session.
         """
         may_ask = in_greenlet() or not is_async
@@ -82,7 +79,7 @@ class Readers:
             self._ask_those_due(is_async)
         position = own.positions.get(self.key, 0) if own is not None else 0
         needs_writer = own is not None and own.needs_writer(self.key)
-        for reader in self._usable(tried):
+        for reader in self._usable():
             if not reader.is_causal:
                 if needs_writer:
                     continue
@@ -102,9 +99,9 @@ class Readers:
         with self._mutex:
             reader.in_flight -= 1
 
-    def _usable(self, tried: Iterable[Reader]) -> list[Reader]:
+    def _usable(self) -> list[Reader]:
         now = time.monotonic()
-        usable = [each for each in self.all if each.is_usable(now) and each not in tried]
+        usable = [reader for reader in self.all if reader.is_usable(now)]
         # Of those with the same load the one that has waited longest.
         return sorted(usable, key=lambda reader: (reader.in_flight, reader.turn))
 

@@ -12,11 +12,11 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from sqlalchemy import make_url, text
+from sqlalchemy import Connection, make_url, text
 from sqlalchemy.orm import Session
 
 from repom import Database, atomic, current_scope, session_scope, sync_session_scope
-from repom.errors import ReadOnlyError
+from repom.errors import ReadOnlyError, TransactionError
 from repom.own_writes import OwnWrites, own_writes
 from repom.reader import CHECK_EVERY, Reader
 from tests.support.faultproxy import FaultProxy
@@ -139,6 +139,29 @@ async def test_how_often_readers_are_asked(postgres_url: str) -> None:
             assert await read_by(database) is not None
         assert proxy.round_trips - before == 5
         await database.dispose()
+
+
+async def test_an_on_begin_that_fails(postgres_url: str) -> None:
+    """The transaction stays where it has begun: nothing is executed elsewhere, without what
+    `on_begin` was to set."""
+    calls = []
+
+    def on_begin(connection: Connection) -> None:
+        calls.append(connection.scalar(text(READ_BY)))
+        if len(calls) == 1:
+            raise LookupError
+
+    database = with_readers(postgres_url, on_begin=on_begin)
+    async with session_scope(database, read_only=True) as session:
+        with pytest.raises(LookupError):
+            await session.execute(text("SELECT 1"))
+        with pytest.raises(TransactionError):
+            await session.execute(text("SELECT 1"))
+        await session.rollback()
+        assert await session.scalar(text(READ_BY)) == "reader 1"
+    assert calls == ["reader 0", "reader 1"]
+    assert in_flight(database) == [0, 0]
+    await database.dispose()
 
 
 # --- readers that are not fit
@@ -284,7 +307,8 @@ async def test_a_session_class_with_a_bind_of_its_own(postgres_url: str) -> None
 
     class Elsewhere(Session):
         def get_bind(self, *args: Any, **kwargs: Any) -> Any:
-            return self.info["engine"]
+            bind = super().get_bind(*args, **kwargs)
+            return self.info["engine"] if self.info.get("elsewhere") else bind
 
     other = Database(named(postgres_url, "elsewhere"))
     database = with_readers(
@@ -293,6 +317,8 @@ async def test_a_session_class_with_a_bind_of_its_own(postgres_url: str) -> None
         session_kwargs={"info": {"engine": other.engine}},
     )
     with sync_session_scope(database, read_only=True) as session:
+        assert session.scalar(text(READ_BY)) == "reader 0"
+        session.info["elsewhere"] = True
         assert session.scalar(text(READ_BY)) == "elsewhere"
     assert in_flight(database) == [0, 0]
     database.dispose_sync()
