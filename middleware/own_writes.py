@@ -55,7 +55,7 @@ def own_writes_of(value: str, window: float = MAX_AGE) -> OwnWrites:
         if kind == ":":
             own.positions[key] = number
         elif (left := number - time.time()) <= window + _SKEW:
-            own.only_writer(key, left)
+            own.require_writer(key, left)
     return own
 
 

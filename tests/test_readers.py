@@ -284,7 +284,7 @@ async def test_a_server_that_tells_no_position(mysql_url: str) -> None:
     own.note(database.readers)
     await own.locate()
     assert not await reader_served()
-    own.only_writer(database.readers.key, 0)
+    own.require_writer(database.readers.key, 0)
     assert await reader_served()
     own_writes.reset(token)
     await database.dispose()

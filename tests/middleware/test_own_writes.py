@@ -131,7 +131,7 @@ def test_a_token_says_what_it_was_made_of() -> None:
     """Positions, and times."""
     own = OwnWrites()
     own.positions = {KEY: 2**40, "00000000": 1}
-    own.only_writer("ffffffff", 10)
+    own.require_writer("ffffffff", 10)
     found = own_writes_of(token(own))
     assert found.positions == own.positions
     assert found.needs_writer("ffffffff")
