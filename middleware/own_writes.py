@@ -53,17 +53,16 @@ def own_writes_of(value: str, window: float = MAX_AGE) -> OwnWrites:
             continue
         key, kind, number = found[1], found[2], int(found[3], 16)
         if kind == ":":
-            # No log is longer, and no database would take it for a number.
-            own.positions[key] = min(number, 2**63 - 1)
+            own.positions[key] = number
         elif (left := number - time.time()) <= window + _SKEW:
-            own.only_writer(key, left)
+            own.require_writer(key, left)
     return own
 
 
 def sent_with(asgi_scope: Scope, by: CarriedBy) -> OwnWrites:
     """What the client of a request has written before."""
     name = HEADER if by == "header" else b"cookie"
-    for found, value in asgi_scope["headers"]:
+    for found, value in asgi_scope.get("headers", ()):
         if found == name:
             text = value.decode("latin-1")
             sent = text if by == "header" else _in_cookies(text)

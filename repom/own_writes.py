@@ -25,15 +25,15 @@ class OwnWrites:
         self.positions: dict[str, int] = {}
         #: Until when only the writer will do, in the time of `time.monotonic()`.
         self._deadlines: dict[str, float] = {}
-        #: What was committed since `located` was asked last.
+        #: What was committed since `locate` was called last.
         self._unlocated: dict[str, Readers] = {}
 
     def note(self, readers: Readers) -> None:
         """Something was committed on the writer of `readers`."""
         self._unlocated[readers.key] = readers
-        self.only_writer(readers.key, readers.window)
+        self.require_writer(readers.key, readers.window)
 
-    def only_writer(self, key: str, seconds: float) -> None:
+    def require_writer(self, key: str, seconds: float) -> None:
         """Read from the writer for so long, whatever the readers have."""
         self._deadlines[key] = time.monotonic() + seconds
 
@@ -62,7 +62,8 @@ class OwnWrites:
             position = await readers.position()
             if position is not None:
                 self.positions[key] = max(position, self.positions.get(key, 0))
-                del self._deadlines[key]
+                if key not in self._unlocated:  # else something was committed meanwhile
+                    self._deadlines.pop(key, None)
 
 
 own_writes: ContextVar[OwnWrites | None] = ContextVar("repom_own_writes", default=None)

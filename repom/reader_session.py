@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from sqlalchemy import Connection, event
@@ -12,7 +13,8 @@ from repom.errors import DatabaseUnreachableError
 from repom.managed import ManagedSession, managed_class
 from repom.own_writes import note_commit, own_writes
 from repom.read_only import ReadOnlySession, read_only_class
-from repom.readers import Reader, Readers
+from repom.reader import Reader
+from repom.readers import Readers
 
 
 class RoutedSession(ManagedSession):
@@ -52,25 +54,26 @@ class ReaderSession(RoutedSession, ReadOnlySession):
         if engine is not by_default or self._repom_engine is not None:
             return super()._connection_for_bind(engine, *args, **kwargs)
         readers = self.repom_readers
-        tried: list[Reader] = []
         own = own_writes.get()
-        while reader := readers.choose(own, tried, is_async=self.repom_is_async):
+        while reader := readers.choose(own, is_async=self.repom_is_async):
+            self._repom_reader = reader
+            self._repom_engine = reader.database.engine_for_reading(
+                self.repom_begin, is_async=self.repom_is_async
+            )
             try:
-                target = reader.database.engine_for_reading(
-                    self.repom_begin, is_async=self.repom_is_async
-                )
-                connection = super()._connection_for_bind(target, *args, **kwargs)
-            except BaseException as error:
-                readers.left(reader)
-                if not isinstance(error, DatabaseUnreachableError):
-                    raise
-                readers.failed(reader, error)
-                tried.append(reader)
-            else:
-                self._repom_reader, self._repom_engine = reader, target
-                return connection
+                # What else it raises, the transaction has begun on this reader, and stays there.
+                return super()._connection_for_bind(self._repom_engine, *args, **kwargs)
+            except DatabaseUnreachableError as error:
+                reader.failed(time.monotonic(), error)
+                self._repom_leave()
         self._repom_engine = engine
         return super()._connection_for_bind(engine, *args, **kwargs)
+
+    def _repom_leave(self) -> None:
+        reader, self._repom_reader = self._repom_reader, None
+        self._repom_engine = None
+        if reader is not None:
+            self.repom_readers.left(reader)
 
 
 class WriterSession(RoutedSession):
@@ -106,10 +109,7 @@ def _made(
 
 def _after_transaction_end(session: Any, transaction: SessionTransaction) -> None:
     if transaction.parent is None:
-        reader, session._repom_reader = session._repom_reader, None
-        session._repom_engine = None
-        if reader is not None:
-            session.repom_readers.left(reader)
+        session._repom_leave()
 
 
 def _after_commit(session: Any) -> None:

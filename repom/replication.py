@@ -1,11 +1,19 @@
-"""What a server tells of its replication."""
+"""What a server tells of its replication, and how it is asked."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import URL
+from sqlalchemy.util import await_only, greenlet_spawn
+
+if TYPE_CHECKING:
+    from repom.database import Database
+
+#: Seconds that an answer may take, in async code. Sync code waits as long as its driver does.
+ANSWER_WITHIN = 2.0
 
 
 class Replication(NamedTuple):
@@ -34,13 +42,40 @@ _POSTGRESQL = Replication(
     ),
 )
 
-#: For databases whose servers do not tell.
-IS_THERE = "SELECT 1"
+#: For servers that do not tell: whether they answer at all.
+ALIVE = "SELECT 1"
 
 
 def replication_of(url: URL) -> Replication | None:
     """The questions for the database of `url`; None if it does not tell."""
     return _POSTGRESQL if url.get_backend_name() == "postgresql" else None
+
+
+def ask(database: Database[Any, Any], question: str, *, is_async: bool) -> Any:
+    """The answer to `question`, which is one value.
+
+    Args:
+        database: asked on a connection that only reads.
+        is_async: whether by its async driver, inside of a greenlet.
+
+    Raises:
+        Exception: there is none.
+    """
+    if is_async:
+        return await_only(ask_async(database, question))
+    with database.engine_for_reading(is_async=False).connect() as connection:
+        return connection.exec_driver_sql(question).scalar()
+
+
+async def ask_async(database: Database[Any, Any], question: str) -> Any:
+    """The same, from a coroutine."""
+    async with asyncio.timeout(ANSWER_WITHIN):
+        return await greenlet_spawn(_ask_in_greenlet, database, question)
+
+
+def _ask_in_greenlet(database: Database[Any, Any], question: str) -> Any:
+    with database.engine_for_reading(is_async=True).connect() as connection:
+        return connection.exec_driver_sql(question).scalar()
 
 
 def wait_for_cluster(dbapi_connection: Any) -> bool:

@@ -6,18 +6,19 @@ are late and that fail: tests/cluster/test_readers.py.
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
 import pytest
-from sqlalchemy import make_url, text
+from sqlalchemy import Connection, make_url, text
 from sqlalchemy.orm import Session
 
 from repom import Database, atomic, current_scope, session_scope, sync_session_scope
-from repom.errors import ReadOnlyError
+from repom.errors import ReadOnlyError, TransactionError
 from repom.own_writes import OwnWrites, own_writes
-from repom.readers import Lag, Reader
+from repom.reader import CHECK_EVERY, Reader
 from tests.support.faultproxy import FaultProxy
 from tests.support.polling import block_until
 from tests.support.reader import execute, open_transactions, rows
@@ -121,8 +122,8 @@ async def test_nobody_reads_from_what_is_not_known(database: Database) -> None:
     """While the first one asks the readers, the others do not wait for that."""
     first, second = await asyncio.gather(read_by(database), read_by(database))
     assert {first, second} == {"reader 0", "writer"}
-    reader_of(database).known_until = reader_of(database, 1).known_until = 0
-    assert await read_by(database) == "writer"
+    later = time.monotonic() + 3 * CHECK_EVERY
+    assert not any(reader_of(database, number).is_usable(later) for number in (0, 1))
 
 
 async def test_how_often_readers_are_asked(postgres_url: str) -> None:
@@ -138,6 +139,29 @@ async def test_how_often_readers_are_asked(postgres_url: str) -> None:
             assert await read_by(database) is not None
         assert proxy.round_trips - before == 5
         await database.dispose()
+
+
+async def test_an_on_begin_that_fails(postgres_url: str) -> None:
+    """The transaction stays where it has begun: nothing is executed elsewhere, without what
+    `on_begin` was to set."""
+    calls = []
+
+    def on_begin(connection: Connection) -> None:
+        calls.append(connection.scalar(text(READ_BY)))
+        if len(calls) == 1:
+            raise LookupError
+
+    database = with_readers(postgres_url, on_begin=on_begin)
+    async with session_scope(database, read_only=True) as session:
+        with pytest.raises(LookupError):
+            await session.execute(text("SELECT 1"))
+        with pytest.raises(TransactionError):
+            await session.execute(text("SELECT 1"))
+        await session.rollback()
+        assert await session.scalar(text(READ_BY)) == "reader 1"
+    assert calls == ["reader 0", "reader 1"]
+    assert in_flight(database) == [0, 0]
+    await database.dispose()
 
 
 # --- readers that are not fit
@@ -187,7 +211,7 @@ async def test_a_reader_that_does_not_answer(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever asks it waits for a limited time."""
-    monkeypatch.setattr("repom.readers.ANSWER_WITHIN", 0.2)
+    monkeypatch.setattr("repom.replication.ANSWER_WITHIN", 0.2)
     clear = make_url(postgres_url).update_query_dict({"sslmode": "disable"})
     async with FaultProxy(clear.render_as_string(hide_password=False)) as proxy:
         database = Database(named(postgres_url, "writer"), readers=[proxy.url])
@@ -195,26 +219,6 @@ async def test_a_reader_that_does_not_answer(
         async with asyncio.timeout(5):
             assert await read_by(database) == "writer"
         await database.dispose()
-
-
-@pytest.mark.parametrize(
-    ("asked", "now", "required"),
-    [
-        ([], 100.0, 0),
-        ([(100.0, 5)], 100.0, 5),  # nothing older is known
-        ([(89.0, 4), (95.0, 5), (100.0, 6)], 100.0, 4),
-        ([(10.0, 1), (100.0, 6)], 100.0, 6),  # what is too old says nothing
-        ([(10.0, 1)], 100.0, 1),  # but while the writer does not answer, it is all there is
-    ],
-)
-def test_how_far_a_reader_may_be_behind(
-    asked: list[tuple[float, int]], now: float, required: int
-) -> None:
-    """It has what the writer had ten seconds ago, or what is known instead."""
-    lag = Lag(10.0)
-    for when, position in asked:
-        lag.note(when, position)
-    assert lag.required(now) == required
 
 
 # --- own writes
@@ -280,7 +284,7 @@ async def test_a_server_that_tells_no_position(mysql_url: str) -> None:
     own.note(database.readers)
     await own.locate()
     assert not await reader_served()
-    own.only_writer(database.readers.key, 0)
+    own.require_writer(database.readers.key, 0)
     assert await reader_served()
     own_writes.reset(token)
     await database.dispose()
@@ -303,7 +307,8 @@ async def test_a_session_class_with_a_bind_of_its_own(postgres_url: str) -> None
 
     class Elsewhere(Session):
         def get_bind(self, *args: Any, **kwargs: Any) -> Any:
-            return self.info["engine"]
+            bind = super().get_bind(*args, **kwargs)
+            return self.info["engine"] if self.info.get("elsewhere") else bind
 
     other = Database(named(postgres_url, "elsewhere"))
     database = with_readers(
@@ -312,6 +317,8 @@ async def test_a_session_class_with_a_bind_of_its_own(postgres_url: str) -> None
         session_kwargs={"info": {"engine": other.engine}},
     )
     with sync_session_scope(database, read_only=True) as session:
+        assert session.scalar(text(READ_BY)) == "reader 0"
+        session.info["elsewhere"] = True
         assert session.scalar(text(READ_BY)) == "elsewhere"
     assert in_flight(database) == [0, 0]
     database.dispose_sync()

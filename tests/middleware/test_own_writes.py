@@ -101,7 +101,7 @@ async def test_a_writer_that_does_not_tell(
     database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The answer is the same; the client reads from the writer for a while."""
-    monkeypatch.setattr("repom.readers.ANSWER_WITHIN", -1)
+    monkeypatch.setattr("repom.replication.ANSWER_WITHIN", -1)
     found = await request(App(database).app, "POST")
     assert found.status == 200
     assert f"{key_of(database)}@" in str(found.header("set-cookie"))
@@ -131,7 +131,7 @@ def test_a_token_says_what_it_was_made_of() -> None:
     """Positions, and times."""
     own = OwnWrites()
     own.positions = {KEY: 2**40, "00000000": 1}
-    own.only_writer("ffffffff", 10)
+    own.require_writer("ffffffff", 10)
     found = own_writes_of(token(own))
     assert found.positions == own.positions
     assert found.needs_writer("ffffffff")

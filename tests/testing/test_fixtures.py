@@ -131,6 +131,42 @@ def test_url_is_used_in_place_of_the_configured_default(tmp_path: Path) -> None:
     assert not (tmp_path / "configured.db").exists()
 
 
+READERS_MODELS = """
+from repom import Database
+from repom.models import Base
+from sqlalchemy.orm import Mapped, mapped_column
+
+class Note(Base):
+    __tablename__ = "notes"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+shop = Database("sqlite:///shop.db", readers=["sqlite:////nowhere/replica.db"])
+"""
+READERS_TESTS = """
+from sqlalchemy import select
+from models import Note, shop
+from repom import session_scope, sync_session_scope
+
+async def test_it(db):
+    async with session_scope(shop) as unit:
+        unit.add(Note(id=1))
+    async with session_scope(shop, read_only=True) as unit:
+        assert (await unit.scalars(select(Note.id))).all() == [1]
+    with sync_session_scope(shop, read_only="snapshot") as unit:
+        assert unit.scalars(select(Note.id)).all() == [1]
+"""
+
+
+def test_a_database_with_readers(tmp_path: Path) -> None:
+    """Tests read from the connection that they write to; no reader is connected to."""
+    conftest = (
+        "import models\nfrom repom.testing import create_async_test_fixtures\n"
+        "engine, db = create_async_test_fixtures(models.shop)"
+    )
+    write(tmp_path, models=READERS_MODELS, conftest=conftest, test_it=READERS_TESTS)
+    run(tmp_path, "sqlite:///default.db").assert_passed()
+
+
 # --- bad input
 
 ONE = """
