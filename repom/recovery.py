@@ -16,11 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from sqlalchemy import Connection, text
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from repom.config import get_config
 from repom.database import Database
+from repom.dialects.mysql import errno
 from repom.errors import ConfigurationError, RepomError
 from repom.in_doubt import InDoubt, Verdict, in_doubt, in_order, verdict
 from repom.registry import CONFIGURED, DEFAULT, as_databases
@@ -42,6 +43,9 @@ _END: dict[tuple[str, Verdict], str] = {
     ("mysql", "commit"): "XA COMMIT '{}'",
     ("mysql", "roll back"): "XA ROLLBACK '{}'",
 }
+
+
+_ROLLED_BACK = 1402  # ER_XA_RBROLLBACK
 
 
 class Recovery:
@@ -85,7 +89,13 @@ class Recovery:
     def _end_branch(self, unit: InDoubt, number: int, how: Verdict) -> None:
         name = unit.branches[number][0]
         sql = _END[_dialect(self._databases[name]), how].format(unit.id(number))
-        self._ask(name, lambda connection: connection.exec_driver_sql(sql))
+        try:
+            self._ask(name, lambda connection: connection.exec_driver_sql(sql))
+        except DBAPIError as error:
+            # MariaDB says so of a branch that has written nothing, whatever it is told.
+            is_rolled_back = error.orig is not None and errno(error.orig) == _ROLLED_BACK
+            if not (is_rolled_back and how == "roll back"):
+                raise
 
     def _prepared_on(self, name: str) -> list[str]:
         if _dialect(self._databases[name]) == "postgresql":

@@ -366,6 +366,26 @@ async def test_lost_in_the_commit_of_another(pair: Pair) -> None:
     assert pair.written() == ({1}, {1})
 
 
+async def test_a_branch_that_has_only_read(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
+    """It takes part like the others; and MariaDB rolls it back in a way of its own."""
+    async with FaultProxy(pair.pg_url + "?sslmode=disable") as proxy:
+        with both(pair, pg_url=proxy.url) as databases:
+            async with session_scope("my", two_phase=True) as session:
+                await session.execute(text("SELECT * FROM t"))
+                await insert("pg")
+            assert pair.written() == ({1}, set())
+            proxy.cut(b"PREPARE TRANSACTION", "after")
+            with pytest.raises(DBAPIError):
+                async with session_scope("my", two_phase=True) as session:
+                    await session.execute(text("SELECT * FROM t"))
+                    await insert("pg", 2)
+            assert "was not committed" in caplog.text
+            for database in databases:
+                await database.dispose()
+            assert await asyncio.to_thread(recover, *databases) == "roll back"
+    assert pair.written() == ({1}, set())
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 async def test_lost_in_prepare(pair: Pair, when: Any, caplog: pytest.LogCaptureFixture) -> None:
     """It may be prepared, so the one before it stays so, as the sign that nothing is committed."""
