@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -122,7 +122,7 @@ def application(database: Database) -> FastAPI:
 
     @app.post("/{name}/stream")
     async def stream(name: str) -> StreamingResponse:
-        async def body() -> Any:
+        async def body() -> AsyncIterator[bytes]:
             for _ in range(2):
                 await look(name)
                 yield b"x"
