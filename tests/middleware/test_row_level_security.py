@@ -4,7 +4,6 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
-from typing import Any
 
 import pytest
 from fastapi import BackgroundTasks, FastAPI, HTTPException
