@@ -6,6 +6,7 @@ from the writer, or what is there anyway.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from typing import Literal
@@ -19,14 +20,16 @@ CarriedBy = Literal["cookie", "header"]
 COOKIE = "repom_written"
 HEADER = b"repom-written"
 
-#: Seconds that a browser keeps it. Every reader that is in use has what it names long before.
+#: Seconds that a browser keeps it at least; longer where a reader may be further behind.
 MAX_AGE = 300
 
 # `key:position` in hexadecimal, or `key@time`; several, for as many databases, with dots between.
 _PART = re.compile(r"([0-9a-f]{8})([:@])([0-9a-f]{1,16})")
-_LONGEST = 1024
-#: Seconds by which the clocks of two servers may differ.
-_SKEW = 60
+#: How many databases it names at most, those that were written last, and its length then.
+_MOST = 40
+_LONGEST = _MOST * 26
+#: Seconds: nobody sends the server to the writer for longer.
+_FURTHEST = 86_400
 
 
 def token(own: OwnWrites) -> str:
@@ -34,16 +37,11 @@ def token(own: OwnWrites) -> str:
     now = time.time()
     until = {key: f"{key}@{int(now + left):x}" for key, left in own.seconds_left().items()}
     positions = {key: f"{key}:{position:x}" for key, position in own.positions.items()}
-    return ".".join((positions | until).values())
+    return ".".join(list((positions | until).values())[-_MOST:])
 
 
-def own_writes_of(value: str, window: float = MAX_AGE) -> OwnWrites:
-    """What a token says; nothing, if it is none.
-
-    Args:
-        value: what a client has sent.
-        window: seconds for which it can send the server to the writer at most.
-    """
+def own_writes_of(value: str) -> OwnWrites:
+    """What a token says; nothing, if it is none."""
     own = OwnWrites()
     if len(value) > _LONGEST:
         return own
@@ -54,7 +52,7 @@ def own_writes_of(value: str, window: float = MAX_AGE) -> OwnWrites:
         key, kind, number = found[1], found[2], int(found[3], 16)
         if kind == ":":
             own.positions[key] = number
-        elif (left := number - time.time()) <= window + _SKEW:
+        elif (left := number - time.time()) <= _FURTHEST:
             own.require_writer(key, left)
     return own
 
@@ -77,18 +75,20 @@ def telling(own: OwnWrites, asgi_scope: Scope, send: Send, by: CarriedBy) -> Sen
     async def send_with_token(message: Message) -> None:
         if message["type"] == "http.response.start" and own.is_unlocated:
             await own.locate()
-            header = _header(token(own), asgi_scope, by)
+            header = _header(own, asgi_scope, by)
             message = {**message, "headers": [*message.get("headers", ()), header]}
         await send(message)
 
     return send_with_token
 
 
-def _header(value: str, asgi_scope: Scope, by: CarriedBy) -> tuple[bytes, bytes]:
+def _header(own: OwnWrites, asgi_scope: Scope, by: CarriedBy) -> tuple[bytes, bytes]:
+    value = token(own)
     if by == "header":
         return HEADER, value.encode()
+    age = math.ceil(max(MAX_AGE, own.window))
     secure = "; Secure" if asgi_scope.get("scheme") == "https" else ""
-    cookie = f"{COOKIE}={value}; Max-Age={MAX_AGE}; Path=/; HttpOnly; SameSite=Lax{secure}"
+    cookie = f"{COOKIE}={value}; Max-Age={age}; Path=/; HttpOnly; SameSite=Lax{secure}"
     return b"set-cookie", cookie.encode()
 
 

@@ -18,11 +18,13 @@ class OwnWrites:
     """What one client, or one job, has written.
 
     Attributes:
-        positions: by `Readers.key`, what a reader must have replayed.
+        positions: by `Readers.key`, what a reader must have replayed; the newest at the end.
+        window: seconds after which every reader that is fit has what was committed here.
     """
 
     def __init__(self) -> None:
         self.positions: dict[str, int] = {}
+        self.window = 0.0
         #: Until when only the writer will do, in the time of `time.monotonic()`.
         self._deadlines: dict[str, float] = {}
         #: What was committed since `locate` was called last.
@@ -31,6 +33,7 @@ class OwnWrites:
     def note(self, readers: Readers) -> None:
         """Something was committed on the writer of `readers`."""
         self._unlocated[readers.key] = readers
+        self.window = max(self.window, readers.window)
         self.require_writer(readers.key, readers.window)
 
     def require_writer(self, key: str, seconds: float) -> None:
@@ -61,7 +64,7 @@ class OwnWrites:
         for key, readers in unlocated.items():
             position = await readers.position()
             if position is not None:
-                self.positions[key] = max(position, self.positions.get(key, 0))
+                self.positions[key] = max(position, self.positions.pop(key, 0))
                 if key not in self._unlocated:  # else something was committed meanwhile
                     self._deadlines.pop(key, None)
 

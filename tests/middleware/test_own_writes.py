@@ -138,6 +138,23 @@ def test_a_token_says_what_it_was_made_of() -> None:
     assert not found.needs_writer(KEY)
 
 
+def test_a_client_of_many_databases() -> None:
+    """The token does not grow for ever: it names those that were written last."""
+    own = OwnWrites()
+    own.positions = {f"{number:08x}": 2**63 for number in range(1000)}
+    found = own_writes_of(token(own)).positions
+    assert found == dict(list(own.positions.items())[-40:])
+
+
+async def test_a_reader_that_may_be_far_behind(postgres_url: str) -> None:
+    """The cookie lives for as long as it may be needed."""
+    create_notes(postgres_url)
+    database = Database(postgres_url, readers=[postgres_url], max_lag=3600)
+    cookie = (await request(App(database).app, "POST")).header("set-cookie")
+    assert "Max-Age=3604;" in str(cookie)
+    await database.dispose()
+
+
 def test_a_time_that_is_over() -> None:
     """It sends nobody to the writer any more."""
     assert not own_writes_of(f"{KEY}@{int(time.time()) - 1:x}").needs_writer(KEY)
