@@ -130,9 +130,22 @@ def _end_of_transaction(method: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 def _commit(self: Any) -> None:
-    """A COMMIT by hand, of all that the session has done on the connection."""
-    with committing_apart():
-        Connection.commit(self)
+    """What `commit()` of the session means, which may have done more on the connection."""
+    policy = self.repom_session.repom_inner_commits
+    if policy == "forbid":
+        raise commit_forbidden("commit")
+    if policy == "allow":
+        with committing_apart():
+            Connection.commit(self)
+
+
+def commit_forbidden(method: str) -> InnerCommitError:
+    """The error for `commit()` by code that does not own the transaction."""
+    return InnerCommitError(
+        f'`{method}()` was called in a unit of work with inner_commits="forbid".\n'
+        "Its owner commits. Remove the call, write `await session.flush()` if ids are needed, "
+        "or commit on purpose with `await current_scope().commit()`."
+    )
 
 
 def _begin_nested(self: Any) -> NestedTransaction:

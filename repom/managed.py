@@ -24,6 +24,7 @@ from repom.beneath import (
     begin_block,
     block_ended,
     blocks_ended,
+    commit_forbidden,
     inside,
     manage_connection,
     wait_for_deferred,
@@ -33,7 +34,7 @@ from repom.callbacks import TOLD_BY_THE_OWNER, Callbacks
 from repom.cursors import Cursors
 from repom.dialects.base import CLOSED_BY_COMMIT, aborted
 from repom.ending import Action
-from repom.errors import InnerCommitError, TransactionError
+from repom.errors import TransactionError
 from repom.gate import Gate, block_not_left
 from repom.lost_changes import Watching, doomed, flush_began, flush_ended, refreshing
 from repom.observer import committing_apart
@@ -308,12 +309,3 @@ event.listen(ManagedSession, "after_begin", _after_begin)
 event.listen(ManagedSession, "before_attach", _before_attach)
 event.listen(ManagedSession, "after_commit", _after_commit)
 event.listen(ManagedSession, "after_transaction_end", _after_transaction_end)
-
-
-def commit_forbidden(method: str) -> InnerCommitError:
-    """The error for `commit()` by code that does not own the transaction."""
-    return InnerCommitError(
-        f'`{method}()` was called on the session of a unit of work with inner_commits="forbid".\n'
-        "Its owner commits. Remove the call, write `await session.flush()` if ids are needed, "
-        "or commit on purpose with `await current_scope().commit()`."
-    )

@@ -8,6 +8,8 @@ from sqlalchemy import insert
 
 from repom import current_session, gate, session_scope, sync_session_scope
 from repom.database import Database
+from repom.errors import InnerCommitError
+from repom.managed import InnerCommits
 from tests.support.units import Note, database, texts
 
 __all__ = ["database"]
@@ -48,3 +50,30 @@ def test_savepoints_of_a_sync_session(database: Database) -> None:
         connection.execute(insert(Note).values(text="closed"))
         savepoint.close()
     assert texts(database) == ["kept"]
+
+
+@pytest.mark.parametrize(
+    ("inner_commits", "stays"), [("defer", []), ("forbid", []), ("allow", ["a"])]
+)
+async def test_commit_of_the_connection(
+    database: Database, inner_commits: InnerCommits, stays: list[str]
+) -> None:
+    """It means what that of the session does, and an error after it undoes what is not allowed."""
+    with suppress(LookupError, InnerCommitError):
+        async with session_scope(database, inner_commits=inner_commits) as session:
+            connection = await session.connection()
+            await connection.execute(insert(Note).values(text="a"))
+            await connection.commit()
+            assert inner_commits != "forbid"
+            raise LookupError
+    assert texts(database) == stays
+
+
+def test_commit_of_a_sync_connection(database: Database) -> None:
+    """What follows it is a part of the same transaction."""
+    with sync_session_scope(database) as session:
+        connection = session.connection()
+        connection.execute(insert(Note).values(text="a"))
+        connection.commit()
+        session.execute(insert(Note).values(text="b"))
+    assert texts(database) == ["a", "b"]
