@@ -9,7 +9,7 @@ from operator import itemgetter
 from typing import Any
 from urllib.parse import quote
 
-from repom.database import ReadOnly
+from repom.begin import ReadOnly
 from repom.errors import InvalidResponseError
 
 Scope = MutableMapping[str, Any]

@@ -9,12 +9,13 @@ from typing import Any, get_args
 
 from sqlalchemy import URL
 
+from repom.begin import BeginOptions, ReadOnly, checked_read_only
 from repom.branches import Branches
 from repom.config import RepomConfig
 from repom.conflicts import is_conflict
 from repom.context import Surroundings, surroundings
 from repom.current import Outside
-from repom.database import BeginOptions, Database, ReadOnly, checked_read_only
+from repom.database import Database
 from repom.errors import ConfigurationError
 from repom.managed import InnerCommits
 from repom.middleware.exchange import SCOPE_KEY, Exchange

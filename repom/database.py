@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 import logging
-import sqlite3
-import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Generic, Literal, NamedTuple, Protocol
+from typing import Any, Generic, Protocol
 
-from sqlalchemy import URL, Engine, MetaData, create_engine
-from sqlalchemy.ext.asyncio import (
-    AsyncEngine,
-    AsyncSession,
-    create_async_engine,
-)
+from sqlalchemy import URL, Engine, MetaData
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 from typing_extensions import TypeVar
 
+from repom.begin import BeginOptions
 from repom.config import RepomConfig, get_config
-from repom.dialects import Begin, Support, support_for
-from repom.dialects.read_only import snapshot_engine
-from repom.dialects.sqlite import (
-    immediate_engine,
-    is_sqlite,
-    private_memory,
-    queueing_engine,
-)
+from repom.dialects import Begin
+from repom.engine_factory import EngineFactory
 from repom.errors import ConfigurationError
 from repom.loops import LoopEngines, close_returned, is_in_use
 from repom.on_begin import OnBegin, telling_async_class, telling_class, telling_kwargs
 from repom.readers import Readers
 from repom.sessionmakers import LoopSessionmaker, SyncSessionmaker
-from repom.urls import parse_url, require_driver, safe, to_async, to_sync
+from repom.urls import safe
 
 logger = logging.getLogger("repom")
 
@@ -46,36 +34,6 @@ SESSION_DEFAULTS: Mapping[str, Any] = {
     # Code after the response may still read its objects.
     "expire_on_commit": False,
 }
-
-
-#: Whether a unit of work only reads; "snapshot": and all its statements see one state.
-ReadOnly = bool | Literal["snapshot"]
-
-
-def checked_read_only(value: ReadOnly) -> ReadOnly:
-    """`value`, if it is one.
-
-    Raises:
-        ValueError: it is not; a misspelt one must not be taken for another.
-    """
-    if value is True or value is False or value == "snapshot":
-        return value
-    raise ValueError(f'read_only={value!r}: write True, False or "snapshot"')
-
-
-class BeginOptions(NamedTuple):
-    """How the transactions of a session begin.
-
-    Attributes:
-        sqlite_begin: "IMMEDIATE" or "DEFERRED"; other databases do not look at it.
-        isolation_level: SQLAlchemy's name of it, or None for the server's default.
-        read_only: whether on connections that the database holds read-only; alone or with
-            "DEFERRED".
-    """
-
-    sqlite_begin: Begin = "DEFERRED"
-    isolation_level: str | None = None
-    read_only: ReadOnly = False
 
 
 class Engines(Protocol):
@@ -91,7 +49,7 @@ class Engines(Protocol):
     def dispose_sync(self) -> None: ...
 
 
-class Database(Generic[AsyncSessionT, SessionT]):
+class Database(EngineFactory, Generic[AsyncSessionT, SessionT]):
     """One logical database. Makes engines when they are first used, one for each event loop.
 
     Args:
@@ -137,22 +95,24 @@ class Database(Generic[AsyncSessionT, SessionT]):
         readers: Sequence[str | URL] = (),
         max_lag: float = 10.0,
     ) -> None:
-        self.url = parse_url(url)
-        self.engine_kwargs = {**RepomConfig.DEFAULT_ENGINE_KWARGS, **(engine_kwargs or {})}
+        super().__init__(
+            url,
+            {**RepomConfig.DEFAULT_ENGINE_KWARGS, **(engine_kwargs or {})},
+            sqlite_begin=sqlite_begin,
+            pgbouncer=pgbouncer,
+            # What it sets is for the statements of one transaction.
+            in_transactions=on_begin is not None,
+        )
         self.session_kwargs = {**SESSION_DEFAULTS, **(session_kwargs or {})}
         self.session_class = session_class
         self.sync_session_class = sync_session_class
-        self.sqlite_begin: Begin | None = sqlite_begin
-        self.pgbouncer = pgbouncer
         self.on_begin = on_begin
         if on_begin is not None:
             self.session_class = telling_async_class(self.session_class)
             self.sync_session_class = telling_class(self.sync_session_class)
             self.session_kwargs = telling_kwargs(self.session_kwargs, on_begin)
-        self.is_sqlite = is_sqlite(self.url)
         #: The same database, read-only, once that was used; this one may be it itself.
         self._reading: Database | None = None
-        self._holds_read_only = False
         #: In tests, whose engines are used in place of its own.
         self.stand_in: Engines | None = None
         #: Told of this object and of each engine that it makes for sessions of its own.
@@ -164,7 +124,6 @@ class Database(Generic[AsyncSessionT, SessionT]):
         )
         self._sync_engine: Engine | None = None
         self._sync_variants: dict[BeginOptions, Engine] = {}
-        self._mutex = threading.RLock()
         self.readers: Readers | None = None
         if readers:
             self.readers = Readers(self, [self.at(url) for url in readers], max_lag=max_lag)
@@ -211,9 +170,9 @@ class Database(Generic[AsyncSessionT, SessionT]):
         with self._mutex:
             if self._reading is None:
                 self._reading = reading = self.at(self.url)
-                reading.url, reading._memory_safe_url = self.url, self._memory_safe_url
+                reading.url, reading.memory_safe_url = self.url, self.memory_safe_url
                 reading.sqlite_begin = None
-                reading._holds_read_only = True
+                reading.holds_read_only = True
                 reading.on_engine = self._reading_made_engine
             return self._reading
 
@@ -260,11 +219,11 @@ class Database(Generic[AsyncSessionT, SessionT]):
             return self.stand_in.async_bind(options)
         here = self._async_engines.here()
         bind = here.variants.get(options)
-        if bind is None and options.read_only and not self._holds_read_only:
+        if bind is None and options.read_only and not self.holds_read_only:
             bind = here.variants[options] = self.for_reading().async_bind(options)
         if bind is None:
             sync_engine = here.engine.sync_engine
-            variant = self._variant(sync_engine, options)
+            variant = self.variant(sync_engine, options)
             bind = here.engine if variant is sync_engine else AsyncEngine(variant)
             here.variants[options] = bind
         return bind
@@ -276,12 +235,18 @@ class Database(Generic[AsyncSessionT, SessionT]):
         bind = self._sync_variants.get(options)
         if bind is None:
             with self._mutex:  # or a `dispose()` meanwhile would leave us an engine it has ended
-                if options.read_only and not self._holds_read_only:
+                if options.read_only and not self.holds_read_only:
                     bind = self.for_reading().sync_bind(options)
                 else:
-                    bind = self._variant(self.engine, options)
+                    bind = self.variant(self.engine, options)
                 self._sync_variants[options] = bind
         return bind
+
+    def _own_async_engine(self) -> AsyncEngine:
+        engine = self.new_async_engine()
+        if self.on_engine is not None:
+            self.on_engine(self, engine.sync_engine)
+        return engine
 
     def engine_for_reading(self, options: BeginOptions | None = None, *, is_async: bool) -> Engine:
         """The `Engine`, that beneath the async one too, of connections that only read."""
@@ -414,92 +379,3 @@ class Database(Generic[AsyncSessionT, SessionT]):
     def _is_sync_engine_in_use(self) -> bool:
         engine = self._sync_engine
         return engine is not None and is_in_use(engine)
-
-    # --- making engines
-
-    def new_async_engine(self, **engine_kwargs: Any) -> AsyncEngine:
-        """A new `AsyncEngine` with all that repom adds; the caller disposes of it.
-
-        Args:
-            engine_kwargs: laid over those of this database.
-        """
-        support = self.async_support()
-        engine = create_async_engine(support.url, **self._create_kwargs(support, engine_kwargs))
-        support.install(engine.sync_engine)
-        return engine
-
-    def new_engine(self, **engine_kwargs: Any) -> Engine:
-        """A new `Engine`: the sync twin of `new_async_engine`."""
-        support = self.sync_support()
-        engine = create_engine(support.url, **self._create_kwargs(support, engine_kwargs))
-        support.install(engine)
-        return engine
-
-    def _own_async_engine(self) -> AsyncEngine:
-        engine = self.new_async_engine()
-        if self.on_engine is not None:
-            self.on_engine(self, engine.sync_engine)
-        return engine
-
-    def _variant(self, engine: Engine, options: BeginOptions) -> Engine:
-        """`engine`, or one with the same pool whose transactions begin as `options` say."""
-        engine = self.beginning(engine, options)
-        if options.read_only == "snapshot":
-            engine = snapshot_engine(engine)
-        if self.is_sqlite and options.isolation_level != "AUTOCOMMIT":
-            begin = self.sqlite_begin or options.sqlite_begin
-            if begin == "IMMEDIATE" or self._memory_safe_url is not self.url:
-                engine = queueing_engine(engine)
-        return engine
-
-    def beginning(self, engine: Engine, options: BeginOptions) -> Engine:
-        """The same, for connections that are there already."""
-        if options.isolation_level is not None:
-            engine = engine.execution_options(isolation_level=options.isolation_level)
-        if self.is_sqlite and self.sqlite_begin is None and options.sqlite_begin == "IMMEDIATE":
-            engine = immediate_engine(engine)
-        return engine
-
-    @cached_property
-    def _memory_safe_url(self) -> URL:
-        """The URL, with `:memory:` replaced by a memory database that this object keeps alive."""
-        url = private_memory(self.url) if self.is_sqlite else self.url
-        if url is not self.url:
-            keeper = sqlite3.connect(f"{url.database}?vfs=memdb", uri=True, check_same_thread=False)
-            weakref.finalize(self, keeper.close)
-        return url
-
-    def async_support(self) -> Support:
-        """What the dialect needs in async code.
-
-        Raises:
-            ConfigurationError: the URL has no async driver, or it is not installed.
-        """
-        return self._support(to_async, is_async=True)
-
-    def sync_support(self) -> Support:
-        """The sync twin of `async_support`."""
-        return self._support(to_sync, is_async=False)
-
-    def _support(
-        self, convert: Callable[[URL], tuple[URL, dict[str, Any]]], *, is_async: bool
-    ) -> Support:
-        with self._mutex:
-            url, connect_args = convert(self._memory_safe_url)
-        require_driver(url)
-        return support_for(
-            url,
-            connect_args,
-            is_async=is_async,
-            sqlite_begin=self.sqlite_begin,
-            pgbouncer=self.pgbouncer,
-            read_only=self._holds_read_only,
-            # What it sets is for the statements of one transaction.
-            in_transactions=self.on_begin is not None,
-        )
-
-    def _create_kwargs(self, support: Support, given: Mapping[str, Any]) -> dict[str, Any]:
-        support.check()
-        kwargs = support.engine_kwargs({**self.engine_kwargs, **given})
-        kwargs["connect_args"] = support.connect_args(kwargs.get("connect_args") or {})
-        return kwargs

@@ -14,9 +14,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
+from repom.begin import BeginOptions
 from repom.callbacks import Callbacks
 from repom.cursors import Cursors
-from repom.database import BeginOptions, Database
+from repom.database import Database
 from repom.ending import Action, Step, Steps
 from repom.errors import CommitOutcomeUnknown, TransactionError
 from repom.gate import Gate, TaskGate, ThreadGate

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session, SessionTransaction
 
-from repom.database import BeginOptions
+from repom.begin import BeginOptions
 from repom.errors import DatabaseUnreachableError
 from repom.managed import ManagedSession, managed_class
 from repom.own_writes import note_commit, own_writes

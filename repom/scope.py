@@ -14,10 +14,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from repom import finish
+from repom.begin import BeginOptions
 from repom.branches import Branches
 from repom.callbacks import Callback, Callbacks
 from repom.context import Surroundings, surroundings
-from repom.database import BeginOptions, Database
+from repom.database import Database
 from repom.errors import (
     MixedSessionsError,
     TransactionError,

@@ -16,17 +16,11 @@ from contextlib import (
 from typing import Any, TypeVar
 
 from repom import finish
+from repom.begin import BeginOptions, ReadOnly, checked_read_only
 from repom.branches import Branches
 from repom.conflicts import is_conflict
 from repom.current import databases_here
-from repom.database import (
-    AsyncSessionT,
-    BeginOptions,
-    Database,
-    ReadOnly,
-    SessionT,
-    checked_read_only,
-)
+from repom.database import AsyncSessionT, Database, SessionT
 from repom.deferred import raise_failure
 from repom.dialects import Begin
 from repom.managed import InnerCommits

@@ -14,8 +14,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, QueuePool
 
+from repom.begin import BeginOptions
 from repom.config import RepomConfig
-from repom.database import BeginOptions, Database
+from repom.database import Database
 from repom.errors import (
     ConfigurationError,
     DatabaseFileError,

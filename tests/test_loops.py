@@ -14,7 +14,8 @@ from sqlalchemy import text
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from repom.database import BeginOptions, Database
+from repom.begin import BeginOptions
+from repom.database import Database
 from repom.loops import _let_transports_close
 from tests.dialects.drivers import in_clear
 from tests.support.cancelling import CANCELLING, Cancelling, cancelled_at

@@ -23,7 +23,7 @@ from repom import (
     sync_session_scope,
 )
 from repom.async_session import get_async_db_session
-from repom.database import ReadOnly
+from repom.begin import ReadOnly
 from repom.errors import ReadOnlyError
 from tests.support.units import Note, assert_nothing_open, database, sqlite, texts, url_of
 

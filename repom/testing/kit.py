@@ -8,7 +8,8 @@ from sqlalchemy import Connection, Engine, MetaData
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import NullPool
 
-from repom.database import BeginOptions, Database, Engines
+from repom.begin import BeginOptions
+from repom.database import Database, Engines
 from repom.errors import ConfigurationError, SharedConnectionError
 from repom.testing import workers
 from repom.testing.backends import Backend, backend_of

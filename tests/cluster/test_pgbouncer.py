@@ -15,7 +15,7 @@ from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
 from repom import Database, session_scope
-from repom.database import ReadOnly
+from repom.begin import ReadOnly
 from repom.errors import ReadOnlyError
 from tests.cluster.conftest import Cluster
 from tests.support.reader import execute, rows

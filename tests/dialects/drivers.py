@@ -9,7 +9,8 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from repom.database import BeginOptions, Database
+from repom.begin import BeginOptions
+from repom.database import Database
 
 
 class Kind(NamedTuple):

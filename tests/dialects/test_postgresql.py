@@ -10,7 +10,8 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
-from repom.database import BeginOptions, Database
+from repom.begin import BeginOptions
+from repom.database import Database
 from repom.dialects import support_for
 from repom.dialects.postgresql import sqlstate
 from repom.errors import TransactionAbortedError

@@ -13,7 +13,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from repom import session_scope, sync_session_scope
-from repom.database import BeginOptions, Database, ReadOnly
+from repom.begin import BeginOptions, ReadOnly
+from repom.database import Database
 from repom.dialects import support_for
 from repom.dialects.read_only import makes_writable
 from repom.errors import ConfigurationError, ReadOnlyError

@@ -23,7 +23,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.orm import Session
 
-from repom.database import BeginOptions, Database
+from repom.begin import BeginOptions
+from repom.database import Database
 from repom.dialects.sqlite import SQLite, private_memory
 from repom.dialects.write_queue import WriteQueue, write_queue
 from repom.errors import (
@@ -545,7 +546,7 @@ def test_a_memory_database_is_freed_with_its_object() -> None:
     """Nothing keeps the data of a `Database` that nobody holds any more."""
     database = Database("sqlite://")
     asyncio.run(write_number(database, 1))
-    name = database._memory_safe_url.database
+    name = database.memory_safe_url.database
     del database
     gc.collect()
     fresh = sqlite3.connect(f"{name}?vfs=memdb", uri=True)

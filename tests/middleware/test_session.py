@@ -27,8 +27,8 @@ from repom import (
     session_scope,
 )
 from repom.async_session import get_async_db_session
+from repom.begin import ReadOnly
 from repom.config import reset_config
-from repom.database import ReadOnly
 from repom.errors import (
     ConfigurationError,
     InnerCommitError,
