@@ -38,7 +38,7 @@ _POSTGRESQL = Replication(
     # One that was promoted has what it writes.
     replayed=(
         "SELECT ((CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()"
-        " ELSE pg_current_wal_flush_lsn() END) - '0/0')::bigint"
+        " ELSE pg_current_wal_insert_lsn() END) - '0/0')::bigint"
     ),
 )
 
