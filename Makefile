@@ -49,7 +49,7 @@ lint: $(VENV)/.test,users,lint  ## style and types
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 .PHONY: bench
-bench:  ## repom against hand-written code and its peers; ARGS=--quick tries whether it runs
+bench:  ## repom against hand-written code and its peers; ARGS=--short takes less time, ARGS=--quick none
 	@'$(PYTHON)' -m benchmarks.environments
 	.venv-bench-runner/bin/python -m benchmarks $(ARGS)
 

@@ -32,11 +32,11 @@ async def run(options: argparse.Namespace) -> Results:
         if environments.is_there(contender.environment) and _is_wanted(contender, options)
     ]
     names = list(dict.fromkeys(contender.environment for contender in contenders))
-    results = Results(about() | {"effort": "quick" if options.quick else "full"}, {})
+    results = Results(about() | {"effort": options.effort}, {})
     for name in names:
         async with worker(python_of(name)) as remote:
             results.environments[name] = await remote.ask("versions")
-    effort = cases.QUICK if options.quick else cases.FULL
+    effort = cases.EFFORTS[options.effort]
     for database in options.database:
         async with databases.filled(database) as url, worker(Path(sys.executable)) as load:
             results.about[database] = await databases.version(url)
@@ -103,7 +103,15 @@ def tell(what: str) -> None:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="does it work? measures little")
+    efforts = parser.add_mutually_exclusive_group()
+    for effort, help_text in (
+        ("quick", "does it work? measures little"),
+        ("short", "a quarter of an hour; the null says what the numbers are worth"),
+    ):
+        efforts.add_argument(
+            f"--{effort}", dest="effort", action="store_const", const=effort, help=help_text
+        )
+    parser.set_defaults(effort="full")
     parser.add_argument("--case", action="append", choices=cases.CASES)
     parser.add_argument("--database", action="append", choices=databases.KINDS)
     parser.add_argument("--host", action="append", choices=HOSTS)
@@ -113,7 +121,11 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     # What has measured everything, with time, is written to docs/.
     options.write = not (
-        options.quick or options.case or options.database or options.host or options.contender
+        options.effort == "quick"
+        or options.case
+        or options.database
+        or options.host
+        or options.contender
     )
     options.case = options.case or cases.CASES
     options.database = options.database or databases.KINDS

@@ -54,13 +54,19 @@ def about(results: Results) -> str:
         for name, versions in results.environments.items()
         if name != "repom"
     )
-    quick = "**A quick run: it shows that everything works, and not what it costs.**\n\n"
     return (
-        quick * (results.about["effort"] == "quick")
+        _OF_EFFORT[results.about["effort"]]
         + f"Measured on {results.about['date']}: {results.about['machine']}; {versions}; {servers}."
         + (f" Peers: {peers}." if peers else "")
         + "\n"
     )
+
+
+_OF_EFFORT = {
+    "full": "",
+    "short": "A short run: the null says how much each number is worth.\n\n",
+    "quick": "**A quick run: it shows that everything works, and not what it costs.**\n\n",
+}
 
 
 def compared(results: Results) -> list[str]:
