@@ -127,6 +127,43 @@ def where(cost: Cost, baseline: Cost) -> list[tuple[str, int]]:
     ]
 
 
+#: What the modules of repom do for a request.
+_PARTS = {
+    "the response: message by message": ("exchange", "response", "policy", "session"),
+    "the unit of work, and its session": (
+        *("scope", "participant", "registry", "database", "current", "loops", "callbacks"),
+        *("context", "sessionmakers", "engine_factory", "begin"),
+    ),
+    "one task at a time": ("gate", "blocks", "beneath", "cursors", "turn", "managed"),
+    "changes that a sibling would lose": ("lost_changes",),
+    "COMMIT, whatever happens meanwhile": ("finish", "ending", "shield", "limit", "deferred"),
+    "what the database really did": ("base", "postgresql", "mysql", "sqlite", "write_queue"),
+}
+
+
+def part_of(code: CodeType) -> str:
+    """What a function is a part of: one of repom, or whose it is."""
+    path = Path(code.co_filename)
+    if path.parent.name in ("contenders", "benchmarks"):
+        return "the application"
+    if {"repom", "middleware"} & set(path.parts[-3:-1]) and "site-packages" not in path.parts:
+        return next(
+            (f"repom: {part}" for part, names in _PARTS.items() if path.stem in names),
+            "repom: other",
+        )
+    if "sqlalchemy" in path.parts or "greenlet" in path.parts or path.name == "<string>":
+        return "SQLAlchemy"
+    return "asyncio" if "asyncio" in path.parts or path.stem == "selectors" else "driver, other"
+
+
+def parts(cost: Cost) -> Counter[str]:
+    """The instructions of a request by what they are for."""
+    found: Counter[str] = Counter()
+    for code, count in cost.by_function.items():
+        found[part_of(code)] += count
+    return found
+
+
 def ratios(found: dict[str, dict[str, Cost]]) -> dict[str, dict[str, float]]:
     """repom's cost in hand-written requests: instructions, and turns where there are any."""
     return {
@@ -157,6 +194,7 @@ async def main() -> None:
     parser.add_argument("--database", action="append", choices=databases.KINDS)
     parser.add_argument("--url", help="only this database, which is empty; prints the ratios")
     parser.add_argument("--update", action="store_true", help="write the ratios to cost.json")
+    parser.add_argument("--parts", action="store_true", help="a table of what they are for")
     parser.add_argument(
         "--where", type=int, default=0, metavar="N", help="the N functions that differ most"
     )
@@ -180,6 +218,10 @@ async def main() -> None:
                 f" {hand.turns:2.0f} turns; repom {repom.instructions:6.0f},"
                 f" {repom.turns:2.0f}; x{new[kind][case]['instructions']:.3f}"
             )
+            if options.parts:
+                by_hand, ours = parts(hand), parts(repom)
+                for part in sorted(by_hand | ours):
+                    print(f"    {by_hand[part]:6} {ours[part]:6}  {part}")
             for function, difference in where(repom, hand)[: options.where]:
                 print(f"    {difference:+6} {function}")
     if options.update:
