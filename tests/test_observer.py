@@ -173,8 +173,8 @@ async def test_inner_commit_that_is_allowed_stays(database: Database) -> None:
 
 @pytest.mark.filterwarnings("ignore:transaction already deassociated")
 async def test_commit_of_the_connection_stays(postgres: Database) -> None:
-    """Whoever has got hold of it can do that."""
-    async with observed(postgres) as observer:
+    """Where commits of other code are allowed."""
+    async with observed(postgres, inner_commits="allow") as observer:
         await add("a")
         connection = await current_session().connection()
         await connection.commit()

@@ -54,7 +54,7 @@ KEPT = 250
 
 #: How much more there may be after the last three quarters of the requests, however many they
 #: are: caches fill, and threads start.
-OBJECTS, KIB = 6000, 12_000
+OBJECTS, KIB = 6000, 16_000
 
 pytestmark = pytest.mark.timeout(60 + REQUESTS // 10)
 
