@@ -27,6 +27,7 @@ from repom import (
     current_scope,
     current_session,
     current_sync_session,
+    is_conflict,
     on_commit,
     on_rollback,
     session_scope,
@@ -39,9 +40,6 @@ from repom.session import get_db_session
 from tests.soak.kinds import BUSY, OVERDUE
 from tests.soak.tables import NOWHERE, ROWS, Account, Ballast, Counter, Entry, Transfer, backend
 from tests.support.polling import until
-
-#: By SQLSTATE on PostgreSQL, by number on MariaDB: chosen to solve a deadlock.
-DEADLOCK = {"40P01", 1213}
 
 #: A statement that takes longer than any time limit here.
 SLOW = {
@@ -90,10 +88,7 @@ async def busy(request: Request, error: Exception) -> Response:
 
 
 async def deadlock_is_busy(request: Request, error: Exception) -> Response:
-    assert isinstance(error, DBAPIError)
-    original: Any = error.orig
-    number = getattr(original, "sqlstate", None) or original.args[0]
-    if number not in DEADLOCK:
+    if not is_conflict(error):
         raise error
     return PlainTextResponse("deadlock", BUSY)
 
