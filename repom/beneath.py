@@ -91,7 +91,7 @@ _ENDS_BY_HAND = re.compile(
 def manage_connection(connection: Any, session: Any) -> None:
     """Let what is done with `connection` pass the gate of `session`, which has begun on it."""
     # Not by the engine, which makes connections for others, too.
-    connection.__class__ = _ManagedConnection
+    connection.__class__ = _managed(connection.__class__)
     connection.repom_session = session
 
 
@@ -155,19 +155,24 @@ def _begin_nested(self: Any) -> NestedTransaction:
     return begin() if session.repom_gate.is_mine else inside(session, begin_block, session, begin)
 
 
-_ManagedConnection = type(
-    "ManagedConnection",
-    (Connection,),
-    {
-        **{name: _operation(getattr(Connection, name)) for name in _OPERATIONS},
-        **{name: _operation(_execution(getattr(Connection, name))) for name in _EXECUTIONS},
-        "begin_nested": _begin_nested,
-        "commit": _operation(_commit),
-        # Whoever ends it: the owner, `session.rollback()`, a `commit()` that is allowed.
-        "_commit_impl": _end_of_transaction(Connection._commit_impl),
-        "_rollback_impl": _end_of_transaction(Connection._rollback_impl),
-    },
-)
+_MANAGED: dict[str, Any] = {
+    "repom_is_managed": True,
+    **{name: _operation(getattr(Connection, name)) for name in _OPERATIONS},
+    **{name: _operation(_execution(getattr(Connection, name))) for name in _EXECUTIONS},
+    "begin_nested": _begin_nested,
+    "commit": _operation(_commit),
+    # Whoever ends it: the owner, `session.rollback()`, a `commit()` that is allowed.
+    "_commit_impl": _end_of_transaction(Connection._commit_impl),
+    "_rollback_impl": _end_of_transaction(Connection._rollback_impl),
+}
+
+
+@functools.cache
+def _managed(base: Any) -> Any:
+    """The managed twin of a class of connections: some engines have one of their own."""
+    if hasattr(base, "repom_is_managed"):
+        return base
+    return type(f"Managed{base.__name__}", (base,), _MANAGED)
 
 
 def ends_by_hand(sql: str) -> bool:

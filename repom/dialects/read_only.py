@@ -18,6 +18,7 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.pool import PoolProxiedConnection
 
 from repom.dialects.base import READING, Support
+from repom.dialects.marking import marking_engine
 from repom.dialects.mysql import MySQL, errno
 from repom.dialects.postgresql import PostgreSQL, sqlstate
 from repom.dialects.sqlite import SQLite, sqlite_connection
@@ -85,13 +86,7 @@ def makes_writable(sql: str) -> bool:
 
 def snapshot_engine(engine: Engine) -> Engine:
     """The same engine of read-only connections, with transactions that see one state."""
-    variant = engine.execution_options()
-    event.listen(variant, "begin", _next_is_snapshot)
-    return variant
-
-
-def _next_is_snapshot(connection: Connection) -> None:
-    connection.info[_SNAPSHOT] = True
+    return marking_engine(engine, _SNAPSHOT)
 
 
 class ReadOnly(Support):

@@ -20,13 +20,14 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from sqlalchemy import URL, Connection, Engine, event
+from sqlalchemy import URL, Engine
 from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import asbool, await_only
 
 from repom.context import Surroundings, surroundings
 from repom.dialects.base import Support
+from repom.dialects.marking import marking_engine
 from repom.dialects.write_queue import Ticket, WriteQueue, write_queue
 from repom.errors import (
     ConfigurationError,
@@ -78,9 +79,7 @@ def private_memory(url: URL) -> URL:
 
 def immediate_engine(engine: Engine) -> Engine:
     """The same engine, with transactions that take the write lock when they begin."""
-    variant = engine.execution_options()
-    event.listen(variant, "begin", _next_is_immediate)
-    return variant
+    return marking_engine(engine, _IMMEDIATE)
 
 
 def queueing_engine(engine: Engine) -> Engine:
@@ -89,9 +88,10 @@ def queueing_engine(engine: Engine) -> Engine:
     Waiting with one in hand, they would keep it from the readers, and from the writer itself
     when that wants a second one.
     """
-    variant = engine.execution_options()
+    variant: Any = engine.execution_options()
     variant.__class__ = _QueueingEngine
-    return variant
+    variant._connection_cls = engine._connection_cls
+    return variant  # type: ignore[no-any-return]
 
 
 class _QueueingEngine(OptionEngine):
@@ -105,10 +105,6 @@ class _QueueingEngine(OptionEngine):
             raise
         sqlite_connection(connection.driver_connection).ticket = ticket
         return connection
-
-
-def _next_is_immediate(connection: Connection) -> None:
-    connection.info[_IMMEDIATE] = True
 
 
 class SQLite(Support):
