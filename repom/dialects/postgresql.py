@@ -11,6 +11,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from repom.dialects.base import Support, aborted
 from repom.dialects.hosts import TIMEOUT, connect_to_one, has_several_hosts
+from repom.dialects.pipelined_begin import pipeline_begin
 from repom.errors import RepomError, TwoPhaseUnavailableError
 from repom.urls import safe
 
@@ -154,6 +155,7 @@ def _make_truthful(dbapi_connection: Any, record: Any) -> None:
     connection = dbapi_connection.driver_connection
     base: Any = type(connection)
     connection.__class__ = _truthful(base)
+    pipeline_begin(dbapi_connection)
 
 
 @functools.cache
