@@ -22,7 +22,14 @@ from repom.middleware.policy import (
     Scope,
     Send,
 )
-from repom.middleware.response import Response, Step
+from repom.middleware.response import (
+    BEFORE,
+    COMPLETES,
+    CONTINUES,
+    STARTS,
+    Response,
+    Step,
+)
 from repom.scope import SessionScope
 from repom.shield import run_to_end
 from repom.turn import Turn
@@ -42,11 +49,8 @@ class Progress(Enum):
     OVER = 3  # the app has ended; what a task of it still sends is not sent
 
 
-REACHED_BY = {
-    Step.STARTS: Progress.STARTED,
-    Step.CONTINUES: Progress.STARTED,
-    Step.COMPLETES: Progress.COMPLETE,
-}
+# On Python 3.11 it costs as much as a call to look up a member of an enumeration.
+NOTHING, STARTED, COMPLETE, OVER = Progress
 
 
 class Exchange:
@@ -59,7 +63,7 @@ class Exchange:
         send: sends to the client.
     """
 
-    _progress = Progress.NOTHING
+    _progress = NOTHING
     #: Made with the first message that may have to wait for something.
     _turn: Turn | None = None
     #: Whether the response commits, by the policy.
@@ -82,7 +86,7 @@ class Exchange:
         self._response = self._new_response()
 
     def _new_response(self) -> Response:
-        return Response(self._unit.label, is_head=self._asgi_scope["method"] == "HEAD")
+        return Response(self._unit.label, self._asgi_scope["method"])
 
     async def run(self, app: ASGIApp, receive: Receive) -> None:
         """Run `app` in the unit of work, and end that in every case."""
@@ -108,14 +112,14 @@ class Exchange:
             if self._failure is not None:
                 await self._answer_failure(app, receive)
         except BaseException:
-            self._progress = Progress.OVER
+            self._progress = OVER
             await finish.finish(unit, commit=False)
             raise
         else:
             # What was begun after the body: background tasks. An app that returns in
             # mid-response has told the client nothing.
-            complete = self._progress is Progress.COMPLETE
-            self._progress = Progress.OVER
+            complete = self._progress is COMPLETE
+            self._progress = OVER
             if not unit.close_if_unused():
                 await self._finish(complete=complete)
         finally:
@@ -129,21 +133,26 @@ class Exchange:
 
     async def send(self, message: Message) -> None:
         """The `send` of the app."""
-        turn = self._turn
-        if not self._unit.has_work and (turn is None or self._is_settled(turn)):
+        unit = self._unit
+        # Nothing to end; and nothing that was ended, or is being ended, concerns this message.
+        if not unit.is_used or (not unit.has_work and self._is_settled()):
             step = self._take(message, ends=False)
-            if step is not Step.BEFORE:
-                self._progress = REACHED_BY[step]
+            if step is COMPLETES:
+                self._progress = COMPLETE
+            elif step is not BEFORE:
+                self._progress = STARTED
             if self._committed:
                 await self._send_all(message)
             else:
                 await self._send(message)
             return
+        turn = self._turn
         if turn is None:
             turn = self._turn = Turn()
         # Tasks of one request may send at the same time, and COMMIT takes a while: the messages
         # leave in the order in which they came.
-        await turn.take()
+        if not turn.take_if_free():
+            await turn.take()
         try:
             due = await self._end_before(message)
         finally:
@@ -151,13 +160,13 @@ class Exchange:
         if self._committed and due and due[0]["type"] == "http.response.start":
             # It tells of a COMMIT. Cancelled while the connection is congested, it would be lost,
             # and the server would answer with an error.
-            await run_to_end(self._send_all(*due), limit=self._unit.end_timeout)
+            await run_to_end(self._send_all(*due), limit=unit.end_timeout)
         else:
             await self._send_all(*due)
 
-    def _is_settled(self, turn: Turn) -> bool:
-        """Whether nothing that was ended, or is being ended, concerns the next message."""
-        return not turn.is_taken and self._held is None and self._failure is None
+    def _is_settled(self) -> bool:
+        turn = self._turn
+        return turn is None or (not turn.is_taken and self._held is None and self._failure is None)
 
     def _take(self, message: Message, *, ends: bool) -> Step:
         """Take the next message; raise if the client must not have it.
@@ -165,7 +174,7 @@ class Exchange:
         Args:
             ends: whether there is anything that it may end.
         """
-        if self._progress is Progress.OVER:
+        if self._progress is OVER:
             raise ScopeClosedError(
                 f"a task of {self._unit.label} sent {message['type']} after the application had "
                 "returned.\n"
@@ -175,12 +184,12 @@ class Exchange:
             raise self._failure
         step = self._response.take(message)
         try:
-            if step is Step.STARTS:
+            if step is STARTS:
                 self._commit = self._commit_on(self._response.status, self._asgi_scope)
             if ends and self._commit:
                 self._response.check(message, step)
         except Exception:
-            if step is Step.STARTS:  # it has not, for anybody
+            if step is STARTS:  # it has not, for anybody
                 self._commit, self._response = False, self._new_response()
             raise
         return step
@@ -194,30 +203,62 @@ class Exchange:
             What is to leave now.
         """
         step = self._take(message, ends=self._unit.has_work)
-        if step is Step.BEFORE or step is Step.CONTINUES:
+        if step is BEFORE or step is CONTINUES:
             # What comes while something is held is for a client that has nothing more to get.
             return () if self._held is not None else (message,)
-        reached = REACHED_BY[step]
+        reached = COMPLETE if step is COMPLETES else STARTED
         if self._response.has_ended or not self._unit.has_open_cursor:
-            await self._end_with(message, reached)
-        elif step is Step.COMPLETES or self._response.has_no_body:
+            if await self._end_with(message, reached):
+                return ()
+        elif step is COMPLETES or self._response.has_no_body:
             self._held = self._held or message
             return ()
-        if step is Step.STARTS:
+        if step is STARTS:
             self._failure = None  # if there was one, this is the answer to it
         self._progress = reached
         return self._due(message)
 
-    async def _end_with(self, message: Message, reached: Progress) -> None:
+    async def _end_with(self, message: Message, reached: Progress) -> bool:
+        """End the open transaction as the response decides; a failed COMMIT is remembered.
+
+        Returns:
+            Whether `message` has left. The start of a response tells of a COMMIT. Cancelled while
+            the connection is congested, it would be lost, and the server would answer with an
+            error. So it leaves in the same ending as the COMMIT.
+        """
+        has_left = False
+
+        async def tell() -> None:
+            nonlocal has_left
+            has_left = self._committed = True
+            self._failure = None
+            self._progress = reached
+            await self._send_all(*self._due(message))
+
+        commit = self._commits()
+        then = tell if commit and reached is STARTED else None
         try:
-            await self._end()
-        except asyncio.CancelledError:
-            if self._failure is None:
+            await finish.end(self._unit, commit=commit, then=then)
+        except Exception as error:
+            if not has_left:
+                self._fail(error)
+            raise
+        except asyncio.CancelledError as cancelled:
+            if has_left:
+                raise
+            # COMMIT runs to its end all the same, and may have failed. An app that swallows
+            # the cancellation must not send its 2xx after that.
+            if isinstance(cancelled.__cause__, Exception):
+                self._fail(cancelled.__cause__)
+            else:
                 # It has ended as this message says. An answer that somebody else gives for the
                 # cancelled request, such as a 504, would be a lie from now on.
+                self._committed = commit
                 self._progress = reached
                 await self._send_to_end(*self._due(message))
             raise
+        self._committed = commit
+        return has_left
 
     def _due(self, message: Message) -> tuple[Message, ...]:
         held, self._held = self._held, None
@@ -239,24 +280,6 @@ class Exchange:
             logger.info("%s was rolled back: rollback_only() was called", unit.label)
         return self._commit and not unit.is_rollback_only
 
-    async def _end(self) -> None:
-        """End the open transaction as the response decides; a failed COMMIT is remembered."""
-        commit = self._commits()
-        try:
-            await finish.end(self._unit, commit=commit)
-        except Exception as error:
-            self._fail(error)
-            raise
-        except asyncio.CancelledError as cancelled:
-            # COMMIT runs to its end all the same, and may have failed. An app that swallows
-            # the cancellation must not send its 2xx after that.
-            if isinstance(cancelled.__cause__, Exception):
-                self._fail(cancelled.__cause__)
-            else:
-                self._committed = commit
-            raise
-        self._committed = commit
-
     async def _finish(self, *, complete: bool) -> None:
         unit = self._unit
         if complete and not self._commit and unit.in_transaction:
@@ -276,7 +299,7 @@ class Exchange:
     def _fail(self, error: Exception) -> None:
         self._failure = error
         self._held = None
-        if self._progress is Progress.NOTHING:
+        if self._progress is NOTHING:
             self._response = self._new_response()  # which may be an error
         self._log_failure(error)
 
@@ -308,7 +331,7 @@ class Exchange:
 
     def _may_follow_failure(self, message: Message) -> bool:
         """Whether an inner layer is answering with an error; nothing else is let through."""
-        if self._progress is not Progress.NOTHING:
+        if self._progress is not NOTHING:
             return False
         if message["type"] == "http.response.start":
             return bool(message["status"] >= 400)
@@ -316,7 +339,7 @@ class Exchange:
 
     async def _answer_failure(self, app: ASGIApp, receive: Receive) -> None:
         """Let the app's own error handling answer for the failure, or raise it."""
-        if self._progress is Progress.NOTHING:
+        if self._progress is NOTHING:
             # `send` still refuses everything but an error status.
             await failed_commit.answer(
                 self._raise_failure, app, self._asgi_scope, receive, self.send

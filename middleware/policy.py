@@ -83,11 +83,13 @@ def body_bytes(message: Message) -> float:
     Raises:
         TypeError: the body is no bytes.
     """
+    body = message.get("body")
+    if type(body) is bytes:
+        return len(body)
     if message["type"] == "http.response.zerocopysend":
         count: int | None = message.get("count")
         return math.inf if count is None else count  # to the end of the file
-    body = message.get("body") or b""
-    return len(body) if type(body) is bytes else memoryview(body).nbytes
+    return memoryview(body or b"").nbytes
 
 
 def completes_body(message: Message, sent: float, announced: int | None) -> bool:

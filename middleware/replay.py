@@ -13,7 +13,7 @@ from repom.errors import MAY_BE_COMMITTED
 from repom.middleware.exchange import SCOPE_KEY, Exchange
 from repom.middleware.policy import ASGIApp, CommitOn, Message, Receive, Scope, Send
 from repom.middleware.repeatable import Reading, RepeatableRequest
-from repom.middleware.response import Step
+from repom.middleware.response import STARTS, Step
 from repom.observer import Observer
 from repom.retry import Attempts, RetryOn
 from repom.scope import SessionScope
@@ -176,7 +176,7 @@ class _Attempt(Exchange):
         if self._lost is not None:
             raise self._lost
         step = super()._take(message, ends=ends)
-        if step is Step.STARTS and not self._commit and self._is_repeatable:
+        if step is STARTS and not self._commit and self._is_repeatable:
             self._lost = self._conflict_behind(None)
             if self._lost is not None:
                 raise self._lost

@@ -37,7 +37,12 @@ class Cursors:
 
     def watch(self, result: Any) -> None:
         """Remember what a statement has returned, if rows of it have not been fetched yet."""
-        if isinstance(result, CursorResult) and _is_lazy(result):
+        if (
+            isinstance(result, CursorResult)
+            and not result._soft_closed
+            # The module sqlite3 finds a row when it is asked for it, whatever the options.
+            and (isinstance(result.cursor, sqlite3.Cursor) or _streams(result))
+        ):
             self._results = [*self._results, result]
 
     def make_way(self, statement: Any, dialect: Dialect) -> None:
@@ -69,6 +74,8 @@ class Cursors:
     def close(self) -> None:
         """Close what was not read to its end: who reads on gets an error, and never the rows of
         a transaction that has ended."""
+        if not self._results:
+            return
         results, self._results = self._results, []
         for result in results:
             if not _is_beyond_closing(result):
@@ -81,12 +88,8 @@ class Cursors:
         return [(result, count > _OURS and not result._soft_closed) for result, count in counted]
 
 
-def _is_lazy(result: CursorResult[Any]) -> bool:
-    if result._soft_closed:
-        return False
-    # The module sqlite3 finds a row when it is asked for it, whatever the options.
-    streams = result.context.execution_options.get("stream_results", False)
-    return bool(streams) or isinstance(result.cursor, sqlite3.Cursor)
+def _streams(result: CursorResult[Any]) -> bool:
+    return bool(result.context.execution_options.get("stream_results", False))
 
 
 def _is_beyond_closing(result: CursorResult[Any]) -> bool:

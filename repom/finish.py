@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
 
-from repom.callbacks import Callback
+from repom.callbacks import Callback, Callbacks
 from repom.ending import Steps, close_steps, commit_steps, rollback_steps
 from repom.errors import MAY_BE_COMMITTED, ScopeError
 from repom.gate import scope_closed
@@ -23,35 +23,40 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("repom")
 
+Then = Callable[[], Awaitable[None]]
 
-async def end(scope: SessionScope, *, commit: bool) -> None:
+
+async def end(
+    scope: SessionScope, *, commit: bool, then: Then | None = None, finishing: bool = False
+) -> None:
     """End what is open, and then run the callbacks that are due. The scope goes on.
 
     Args:
         commit: False to roll back.
+        then: awaited right after, where a cancellation of the caller does not reach it either,
+            if something was open and no callback is due.
+        finishing: whether new work is refused already.
 
     Raises:
         ScopeClosedError: the scope is being finished, by which it is decided how it ends.
-        BaseException: what COMMIT raised; everything is rolled back then.
+        BaseException: what COMMIT raised; everything is rolled back then. Or what `then` raised.
     """
-    if commit and not scope.is_open:
+    if commit and not finishing and not scope.is_open:
         raise scope_closed()
-    if scope.is_used:
-        await _end_and_call(scope, commit, finishing=False)
-
-
-async def _end_and_call(scope: SessionScope, commit: bool, *, finishing: bool) -> None:
+    if not scope.is_used:
+        return
+    callbacks = scope.callbacks
     try:
         if scope.in_transaction:
-            await run_to_end(_end(scope, commit, finishing), limit=scope.end_timeout)
-        elif scope.callbacks.is_empty:
+            await run_to_end(_end(scope, commit, finishing, then), limit=scope.end_timeout)
+        elif callbacks.is_empty:
             return
         else:
-            _settle(scope, commit)
+            _settle(callbacks, commit)
     except Exception:
         await _run_callbacks(scope)
         raise
-    if scope.callbacks.has_due:
+    if callbacks.has_due:
         await _run_callbacks(scope)
 
 
@@ -64,8 +69,11 @@ async def finish(scope: SessionScope, *, commit: bool) -> None:
     if scope.close_if_unused():
         return
     scope.refuse_work()
+    if scope.is_settled:
+        _closed(scope)
+        return
     try:
-        await _end_and_call(scope, commit, finishing=True)
+        await end(scope, commit=commit, finishing=True)
     finally:
         try:
             # A sibling that was let in before may have begun something since.
@@ -100,10 +108,12 @@ def finish_sync(scope: SessionScope, *, commit: bool) -> None:
 # --- transactions
 
 
-async def _end(scope: SessionScope, commit: bool, finishing: bool) -> None:
+async def _end(scope: SessionScope, commit: bool, finishing: bool, then: Then | None) -> None:
     # Runs to its end in any case, so that the callbacks always learn what has happened.
     # One end at a time: what one task is about to commit, another must not roll back.
-    await scope.turn.take()
+    turn, callbacks = scope.turn, scope.callbacks
+    if not turn.take_if_free():
+        await turn.take()
     try:
         if commit and not finishing and not scope.is_open:
             raise scope_closed()
@@ -112,9 +122,11 @@ async def _end(scope: SessionScope, commit: bool, finishing: bool) -> None:
         except BaseException as error:
             _settle_failed(scope, error)
             raise
-        _settle(scope, commit)
+        _settle(callbacks, commit)
     finally:
-        scope.turn.leave()
+        turn.leave()
+    if then is not None and not callbacks.has_due:
+        await then()
 
 
 def _end_transactions_sync(scope: SessionScope, commit: bool) -> None:
@@ -123,7 +135,7 @@ def _end_transactions_sync(scope: SessionScope, commit: bool) -> None:
     except BaseException as error:
         _settle_failed(scope, error)
         raise
-    _settle(scope, commit)
+    _settle(scope.callbacks, commit)
 
 
 def _ending_steps(scope: SessionScope, commit: bool) -> Steps:
@@ -135,11 +147,11 @@ def _ending_steps(scope: SessionScope, commit: bool) -> Steps:
     return commit_steps(parties)
 
 
-def _settle(scope: SessionScope, commit: bool) -> None:
+def _settle(callbacks: Callbacks, commit: bool) -> None:
     if commit:
-        scope.callbacks.committed()
+        callbacks.committed()
     else:
-        scope.callbacks.rolled_back()
+        callbacks.rolled_back()
 
 
 def _settle_failed(scope: SessionScope, error: BaseException) -> None:

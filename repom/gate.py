@@ -17,6 +17,7 @@ import threading
 from collections import deque
 from typing import NamedTuple, Protocol
 
+from greenlet import getcurrent, greenlet
 from sqlalchemy.util import await_only
 
 from repom.blocks import Block, Blocks, Task, Visitor
@@ -87,12 +88,15 @@ class _Waiter(NamedTuple):
 class TaskGate:
     """The gate of an async session: tasks of one event loop, first come, first served."""
 
-    __slots__ = ("_owner", "_waiters", "blocks", "closed")
+    __slots__ = ("_inside", "_owner", "_waiters", "blocks", "closed")
 
     def __init__(self) -> None:
         self.closed = False
         self.blocks = Blocks()
         self._owner: Task | None = None
+        # Of the operation that is inside: what it calls by the way, as autoflush and lazy loads,
+        # is found without asking for the task.
+        self._inside: greenlet | None = None
         self._waiters: deque[_Waiter] = deque()
 
     @property
@@ -108,15 +112,19 @@ class TaskGate:
         return _name(self._owner)
 
     def enter(self, *, ending: bool = False, committing: bool = False) -> bool:
+        here = getcurrent()
+        if self._inside is here:
+            return False
         me = asyncio.current_task()
-        if self._owner is not None or self.blocks.open:
+        blocks = self.blocks
+        if self._owner is not None or blocks.open:
             if self._owner is not None and self._owner is me:
                 return False
             visitor = Visitor()
             if self._owner is not None or self._block_against(visitor, ending) is not None:
                 self._wait(me, visitor, ending)
-        self._owner = me
-        if (self.closed or self.blocks.has_undone) and not (ending or committing):
+        self._owner, self._inside = me, here
+        if (self.closed or blocks.has_undone) and not (ending or committing):
             try:
                 self.refuse_if_over()
             except ScopeClosedError:
@@ -125,7 +133,7 @@ class TaskGate:
         return True
 
     def leave(self) -> None:
-        self._owner = None
+        self._owner = self._inside = None
         if self._waiters:
             self._hand_over()
 

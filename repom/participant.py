@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+from collections.abc import Coroutine
 from typing import Any
 
 import anyio
@@ -48,12 +49,12 @@ class Participant:
     @property
     def in_transaction(self) -> bool:
         """Whether there is something to commit; Core and bulk statements count."""
-        return self.sync_session.in_transaction()  # type: ignore[no-any-return]
+        return self.sync_session._transaction is not None
 
     @property
     def is_quiet(self) -> bool:
         """Whether nothing is open and nobody is at work, so that closing needs no IO."""
-        return self.gate.is_free and not self.in_transaction
+        return self.sync_session._transaction is None and self.gate.is_free
 
     def let_go(self) -> None:
         """Close the session when it is quiet: that is no IO, and only lets the objects go."""
@@ -63,13 +64,8 @@ class Participant:
         else:
             session.end("close")
 
-    async def perform(self, action: Action) -> None:
-        """Do one step of the end, from the event loop."""
-        # A flush without changes is not worth a greenlet or a thread.
-        if action != "flush" or not self.sync_session._is_clean():
-            await self._perform(action)
-
-    async def _perform(self, action: Action) -> None:
+    def performing(self, action: Action) -> Coroutine[Any, Any, None]:
+        """One step of the end, to be awaited on the event loop."""
         raise NotImplementedError  # pragma: no cover - each kind has its own
 
     def _manage(
@@ -120,8 +116,8 @@ class AsyncParticipant(Participant):
             _route(self.sync_session, database.readers, begin, is_async=True)
         self._manage(TaskGate(), inner_commits, callbacks, label)
 
-    async def _perform(self, action: Action) -> None:
-        await greenlet_spawn(self.sync_session.end, action)
+    def performing(self, action: Action) -> Coroutine[Any, Any, None]:
+        return greenlet_spawn(self.sync_session.end, action)
 
 
 class SyncParticipant(Participant):
@@ -146,7 +142,7 @@ class SyncParticipant(Participant):
         self._abandoned = False
         self._manage(ThreadGate(), inner_commits, callbacks, label)
 
-    async def _perform(self, action: Action) -> None:
+    async def performing(self, action: Action) -> None:
         if self._abandoned:
             return
         try:
@@ -167,8 +163,11 @@ async def perform(steps: Steps) -> None:
     try:
         step = next(steps)
         while True:
+            party: Any = step.party
             try:
-                await step.party.perform(step.action)  # type: ignore[attr-defined]
+                # A flush without changes is not worth a greenlet or a thread.
+                if step.action != "flush" or not party.sync_session._is_clean():
+                    await party.performing(step.action)
             except BaseException as error:
                 step = steps.throw(_past_limit(step, error) or error)
             else:

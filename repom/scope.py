@@ -44,6 +44,10 @@ class ScopeState(Enum):
     CLOSED = "closed"
 
 
+# On Python 3.11 it costs as much as a call to look up a member of an enumeration.
+OPEN, ENDING, CLOSED = ScopeState
+
+
 class SessionScope:
     """One unit of work. Holds at most one session per database, opened on first use.
 
@@ -66,7 +70,7 @@ class SessionScope:
     observer: Observer | None = None
     is_used = False
     participants: tuple[Participant, ...] = ()
-    _state = ScopeState.OPEN
+    _state = OPEN
     _rollback_only = False
     _callbacks: Callbacks | None = None
     _loop: asyncio.AbstractEventLoop | None = None
@@ -129,15 +133,15 @@ class SessionScope:
     @property
     def in_transaction(self) -> bool:
         """Whether something was begun that has not ended; a SELECT counts."""
-        for participant in self.participants:  # noqa: SIM110 - asked at every message
-            if participant.in_transaction:
+        for participant in self.participants:
+            if participant.sync_session._transaction is not None:
                 return True
         return False
 
     @property
     def is_open(self) -> bool:
         """Whether it accepts work."""
-        return self._state is ScopeState.OPEN
+        return self._state is OPEN
 
     @property
     def is_rollback_only(self) -> bool:
@@ -232,7 +236,7 @@ class SessionScope:
                 if self.branches is not None and database.stand_in is None:
                     self.branches.take_part(found.sync_session, database)
                 self._participants = {**self._participants, database: found}
-                self.participants = self._in_order()
+                self.participants = self._in_order() if self.participants else (found,)
         if not isinstance(found, kind):
             used, asked = "current_sync_session()", "current_session()"
             if kind is SyncParticipant:
@@ -256,15 +260,16 @@ class SessionScope:
 
     def _in_order(self) -> tuple[Participant, ...]:
         opened = self._participants
-        if len(opened) < 2:
-            return tuple(opened.values())
         given = [database for _, database in self.databases.items() if database in opened]
         return tuple(opened[database] for database in dict.fromkeys((*given, *opened)))
 
     @property
     def has_work(self) -> bool:
         """Whether there is anything to end, or anybody waits for the end."""
-        return self.is_used and (self.in_transaction or not self.callbacks.is_empty)
+        if not self.is_used:
+            return False
+        callbacks = self._callbacks
+        return self.in_transaction or (callbacks is not None and not callbacks.is_empty)
 
     @property
     def has_effects(self) -> bool:
@@ -274,10 +279,16 @@ class SessionScope:
     @property
     def is_quiet(self) -> bool:
         """Whether nothing is open and nobody is at work."""
-        for participant in self.participants:  # noqa: SIM110 - as above
+        for participant in self.participants:  # noqa: SIM110 - asked at the end of every request
             if not participant.is_quiet:
                 return False
         return True
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is quiet, and nobody waits for the end."""
+        callbacks = self._callbacks
+        return self.is_quiet and (callbacks is None or callbacks.is_empty)
 
     @property
     def has_open_cursor(self) -> bool:
@@ -314,13 +325,13 @@ class SessionScope:
         """Close a scope that nobody has asked for anything; whether it was one."""
         with self._mutex:
             if not self.is_used:
-                self._state = ScopeState.CLOSED
+                self._state = CLOSED
             return not self.is_used
 
     def refuse_work(self) -> None:
         """Refuse new work from now on; what is in flight may finish."""
         with self._mutex:
-            self._state = ScopeState.ENDING
+            self._state = ENDING
             for participant in self.participants:
                 participant.gate.closed = True
 
@@ -364,13 +375,13 @@ class SessionScope:
         The scope itself may be, by tasks it has left behind and by the pooled connections that
         were opened in it: each has a copy of the context.
         """
-        self._state = ScopeState.CLOSED
+        self._state = CLOSED
         nothing: Mapping[Any, Any] = MappingProxyType({})
         self._participants = self._async_sessions = self._sync_sessions = nothing
         self.participants = ()
 
     def _refuse_if_over(self) -> None:
-        if self._state is not ScopeState.OPEN:
+        if self._state is not OPEN:
             raise scope_closed()
 
     def _refuse_early_commit(self) -> None:

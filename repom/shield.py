@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from asyncio import AbstractEventLoop, CancelledError, Future
+from asyncio import AbstractEventLoop, CancelledError, Future, _enter_task, _leave_task
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context
 from typing import Any, TypeVar
@@ -52,10 +52,10 @@ class Ending:
         Raises:
             StopIteration: it has ended, and what it returns is the value.
         """
-        loop = self._loop
+        loop, caller = self._loop, self.caller
         self._fut_waiter = None
-        asyncio._leave_task(loop, self.caller)
-        asyncio._enter_task(loop, self)  # type: ignore[arg-type]
+        _leave_task(loop, caller)
+        _enter_task(loop, self)  # type: ignore[arg-type]
         try:
             if self._must_cancel:
                 self._must_cancel = False
@@ -63,10 +63,10 @@ class Ending:
             else:
                 future = self._coro.send(None)
         finally:
-            asyncio._leave_task(loop, self)  # type: ignore[arg-type]
-            asyncio._enter_task(loop, self.caller)
-        self._fut_waiter = future
+            _leave_task(loop, self)  # type: ignore[arg-type]
+            _enter_task(loop, caller)
         if future is not None:
+            self._fut_waiter = future
             future._asyncio_future_blocking = False
             if self._must_cancel:
                 self._must_cancel = not future.cancel()

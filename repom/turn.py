@@ -17,7 +17,8 @@ class Turn:
 
     Example:
         >>> async def speak(turn: Turn) -> None:
-        ...     await turn.take()
+        ...     if not turn.take_if_free():
+        ...         await turn.take()
         ...     try:
         ...         ...
         ...     finally:
@@ -28,22 +29,31 @@ class Turn:
 
     def __init__(self) -> None:
         self.is_taken = False
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: deque[asyncio.Future[None]] | None = None  # made for the first who waits
+
+    def take_if_free(self) -> bool:
+        """Take it if nobody has it; whether it was so. Costs less than to await `take()`."""
+        if self.is_taken:
+            return False
+        self.is_taken = True
+        return True
 
     async def take(self) -> None:
         """Wait until nobody has it who came before."""
-        if not self.is_taken:
-            self.is_taken = True
+        if self.take_if_free():
             return
+        if self._waiting is None:
+            self._waiting = deque()
+        waiting = self._waiting
         mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(mine)
+        waiting.append(mine)
         try:
             await mine
         except asyncio.CancelledError:
             if mine.done() and not mine.cancelled():  # it was given in the same moment
                 self.leave()
             else:
-                self._waiting.remove(mine)
+                waiting.remove(mine)
             raise
 
     def leave(self) -> None:
