@@ -26,6 +26,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import asbool, await_only
 
 from repom.context import Surroundings, surroundings
+from repom.dialects.aiosqlite_cursor import execute_in_one_step
 from repom.dialects.base import Support
 from repom.dialects.marking import marking_engine
 from repom.dialects.write_queue import Ticket, WriteQueue, write_queue
@@ -205,6 +206,8 @@ class SQLite(Support):
         dbapi_connection = super()._connect(connect, *args, **kwargs)
         driver_connection = getattr(dbapi_connection, "driver_connection", dbapi_connection)
         sqlite_connection(driver_connection).is_delivered = True
+        if self.is_async:
+            execute_in_one_step(dbapi_connection)
         return dbapi_connection
 
     def _begin(self, do_begin: Callable[..., None], connection: PoolProxiedConnection) -> None:
