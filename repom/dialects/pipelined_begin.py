@@ -12,7 +12,6 @@ anyway, and what the server says against it has to abort the transaction.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 from typing import Any
 
@@ -22,7 +21,7 @@ from repom.errors import TransactionError
 _ENDS = frozenset({"COMMIT", "ROLLBACK", "PREPARE TRANSACTION"})
 
 # Of asyncpg's connection and its protocol, beside what is public.
-_OF_CONNECTION = ("_config", "_protocol", "_top_xact", "_transport")
+_OF_CONNECTION = ("_protocol", "_top_xact", "_transport")
 _OF_PROTOCOL = ("_is_cancelling", "bind_execute", "close_portal")
 
 
@@ -33,7 +32,7 @@ def pipeline_begin(dbapi_connection: Any) -> None:
     """
     driver = dbapi_connection.driver_connection
     if (
-        isinstance(driver, dbapi_connection.dbapi.asyncpg.Connection)
+        issubclass(type(driver), dbapi_connection.dbapi.asyncpg.Connection)
         and all(hasattr(driver, name) for name in _OF_CONNECTION)
         and all(hasattr(driver._protocol, name) for name in _OF_PROTOCOL)
     ):
@@ -122,6 +121,8 @@ class _Beginning:
         self._send_begin()
         try:
             rows = await statement.fetch(*parameters)
+        except TimeoutError:  # after which SQLAlchemy gives up the connection
+            raise
         except Exception:
             if not (driver.is_closed() or driver.is_in_transaction()):
                 await self._settle()
@@ -170,13 +171,12 @@ class _Beginning:
     async def _settle(self) -> None:
         """Learn what became of BEGIN, when the statement has not told.
 
-        It has not been sent, so that there was no Sync yet, or its answer is not awaited any
-        more, or BEGIN has failed. What is asked here is nothing; the Sync behind it counts.
+        It has not been sent, so that there was no Sync yet, or BEGIN has failed. What is asked
+        here is nothing; the Sync behind it counts.
         """
         driver = self._driver
         try:
-            async with asyncio.timeout(driver._config.command_timeout):
-                await driver._protocol.close_portal("", None)
+            await driver._protocol.close_portal("", None)
         except BaseException:
             driver.terminate()
             raise
