@@ -17,9 +17,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from repom import Database, session_scope
 from repom.errors import TransactionAbortedError, TransactionError
 from tests.dialects.drivers import in_clear
-from tests.support.cancelling import CANCELLING, Interruption
+from tests.support.cancelling import CANCELLING, Cancelling, Interruption
 from tests.support.faultproxy import FaultProxy, When
-from tests.support.polling import block_until, until
+from tests.support.polling import until
 from tests.support.reader import connections, execute, open_transactions, rows
 
 SELECT = text("select id from t order by id")
@@ -87,7 +87,7 @@ async def assert_as_new(database: Database, url: str) -> None:
     """Fail if its connection is in use or in a transaction, or does not begin one any more."""
     pool: Any = database.async_engine.pool
     assert pool.checkedout() == 0
-    block_until(lambda: open_transactions(url) == 0)
+    await until(lambda: open_transactions(url) == 0)
     before = ids(url)
     for id_ in (100, 101):
         async with session_scope(database) as session:
@@ -415,7 +415,7 @@ async def test_a_plan_that_has_become_invalid(database: Database, url: str) -> N
     with pytest.raises(DBAPIError, match="cached statement plan is invalid"):
         await unit(database, star)
     async with session_scope(database) as session:
-        assert (await session.execute(star)).all() == [(1, None)]
+        assert [tuple(row) for row in await session.execute(star)] == [(1, None)]
     await assert_as_new(database, url)
 
 
@@ -443,51 +443,51 @@ async def test_a_first_statement_that_takes_too_long(url: str) -> None:
         await unit(database, sleep, {"seconds": 0})
         with pytest.raises(TimeoutError):
             await unit(database, sleep, {"seconds": 60})
-        with pytest.raises(TransactionAbortedError):
+
+        async def swallowed() -> None:
             async with session_scope(database) as session:
                 with pytest.raises(TimeoutError):
                     await session.execute(sleep, {"seconds": 60})
                 with pytest.raises(PendingRollbackError):
                     await session.execute(INSERT, {"id": 2})
+
+        with pytest.raises(TransactionAbortedError):
+            await swallowed()
         assert ids(url) == [1]
         await assert_as_new(database, url)
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-def test_cancelled_at_every_await(url: str, loop: str) -> None:
+@pytest.mark.parametrize("first", [2, "not to be encoded"])
+def test_cancelled_at_every_await(url: str, loop: str, first: Any) -> None:
     """Nothing is committed, nothing stays open, and the next one works."""
 
-    async def work() -> None:
+    async def work(database: Database) -> None:
         async with session_scope(database) as session:
-            await session.execute(INSERT, {"id": 2})
-            finished.append(number)
-            await session.execute(SELECT)
+            with suppress(DBAPIError):
+                await session.execute(INSERT, {"id": first})
+            await session.execute(INSERT, {"id": 3})
             raise LookupError
 
-    async def main() -> None:
-        nonlocal database, number
+    async def main(how: Cancelling) -> None:
         async with open_database(url) as database:
             for number in itertools.count(1):
                 await warm(database.async_engine)
-                interruption = Interruption(number, CANCELLING[number % len(CANCELLING)])
-                with suppress(LookupError, asyncio.CancelledError):
-                    await asyncio.create_task(_run(interruption, work()))
-                await assert_as_new(database, url)
+                interruption = Interruption(number, how)
+                task = asyncio.create_task(interruption.run(work(database)))
+                await asyncio.wait((task,))
                 if not interruption.happened:
                     break
-        assert finished[0] > 1
+                assert task.cancelled() or task.exception() is None
+                await assert_as_new(database, url)
+            assert isinstance(task.exception(), LookupError)
+            assert number > 3  # the statements and ROLLBACK
 
-    database, number, finished = None, 0, list[int]()  # type: Any, int, list[int]
-    factory = None
-    if loop == "uvloop":
-        factory = pytest.importorskip("uvloop").new_event_loop
-    with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(main())
+    factory = pytest.importorskip("uvloop").new_event_loop if loop == "uvloop" else None
+    for how in CANCELLING:
+        with asyncio.Runner(loop_factory=factory) as runner:
+            runner.run(main(how))
     assert ids(url) == [1]
-
-
-async def _run(interruption: Interruption, work: Coroutine[Any, Any, None]) -> None:
-    await interruption.run(work)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -553,6 +553,28 @@ async def test_a_transaction_begun_by_hand(database: Database, url: str) -> None
             await connection.execute(SELECT)
         await driver.execute("COMMIT")
     assert ids(url) == [1, 2]
+
+
+async def test_a_transaction_of_the_driver_ended_by_hand(database: Database, url: str) -> None:
+    """asyncpg takes it for open, and its COMMIT is not to end what others begin."""
+    async with database.async_engine.connect() as connection:
+        driver = await driver_of(connection)
+        async with driver.transaction():
+            await driver.execute("COMMIT")
+            with pytest.raises(DBAPIError, match="SAVEPOINT can only be used in transaction"):
+                await connection.execute(INSERT, {"id": 2})
+    assert ids(url) == [1]
+    await assert_as_new(database, url)
+
+
+async def test_a_connection_terminated_by_hand(database: Database, url: str) -> None:
+    """The error is that of a closed connection, and the next unit of work has another."""
+    async with database.async_engine.connect() as connection:
+        driver = await driver_of(connection)
+        driver.terminate()
+        with pytest.raises(DBAPIError, match="connection is closed"):
+            await connection.execute(INSERT, {"id": 2})
+    await assert_as_new(database, url)
 
 
 async def test_a_transaction_of_the_driver(database: Database, url: str) -> None:
