@@ -1,28 +1,43 @@
 """asyncpg: BEGIN travels with the first statement, and costs no round trip of its own.
 
-Nobody waits for the answer to BEGIN but the driver. So it is sent without a Sync of its own, and the
-first statement right behind it, as libpq's pipeline mode does
-(https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-FLOW-PIPELINING): should BEGIN
-fail, then the server skips what follows up to the next Sync, so that no statement can run outside of
-a transaction. asyncpg reads the answer to BEGIN as a part of the answer to the statement.
+Nobody waits for the answer to BEGIN but the driver. So it is sent without a Sync of its own, and
+the first statement right behind it, as libpq's pipeline mode does. Should BEGIN fail, the server
+skips what follows up to the next Sync, so that no statement can run outside of a transaction
+(https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-FLOW-PIPELINING). asyncpg
+reads the answer to BEGIN as a part of the answer to the statement.
 
-Only with a statement that this connection has prepared before: to prepare one is a round trip anyway,
-and asyncpg expects another answer to it.
+Only with a statement that this connection has prepared before: to prepare one is a round trip
+anyway, and what the server says against it has to abort the transaction.
 """
 
 from __future__ import annotations
 
 import functools
-import types
-from collections.abc import Generator
 from typing import Any
 
 from repom.errors import TransactionError
 
+#: The command tags of statements that end the transaction themselves.
+_ENDS = frozenset({"COMMIT", "ROLLBACK", "PREPARE TRANSACTION"})
+
+# Of asyncpg's connection and its protocol, beside what is public.
+_OF_CONNECTION = ("_protocol", "_top_xact", "_transport")
+_OF_PROTOCOL = ("_is_cancelling", "bind_execute", "close_portal")
+
 
 def pipeline_begin(dbapi_connection: Any) -> None:
-    """Let the transactions of this connection of SQLAlchemy's asyncpg dialect begin so."""
-    dbapi_connection.__class__ = _pipelining(type(dbapi_connection))
+    """Let the transactions of this connection of SQLAlchemy's asyncpg dialect begin so.
+
+    If it is asyncpg's own, and not one of its pool's for instance, which stands before it.
+    """
+    driver = dbapi_connection.driver_connection
+    if (
+        issubclass(type(driver), dbapi_connection.dbapi.asyncpg.Connection)
+        and all(hasattr(driver, name) for name in _OF_CONNECTION)
+        and all(hasattr(driver._protocol, name) for name in _OF_PROTOCOL)
+    ):
+        known: Any = type(dbapi_connection)
+        dbapi_connection.__class__ = _pipelining(known)
 
 
 @functools.cache
@@ -32,51 +47,9 @@ def _pipelining(base: Any) -> Any:
 
         def cursor(self, server_side: bool = False) -> Any:
             cursor = super().cursor(server_side=server_side)
-            if not server_side:  # a portal of asyncpg's cannot begin with it
-                cursor.__class__ = _pipelining_cursor(type(cursor))
+            if not server_side:  # whose statement is prepared, and asks for more by itself
+                cursor.__class__ = _pipelining_cursor(cursor.__class__)
             return cursor
-
-        def begin_with(self, operation: str, prepared_since: float) -> bool:
-            """Send BEGIN without waiting, if a transaction begins with this statement.
-
-            Args:
-                operation: what is executed next.
-                prepared_since: since when it must have been prepared.
-
-            Returns:
-                Whether BEGIN was sent.
-            """
-            driver = self._connection
-            if (
-                self._transaction is not None
-                or self.isolation_level == "autocommit"
-                or self._prepared_statement_cache is None
-                or self._execute_mutex.locked()
-                or driver.is_closed()
-                or driver.is_in_transaction()  # somebody has begun one by hand
-            ):
-                return False
-            prepared = self._prepared_statement_cache.get(operation)
-            if prepared is None or prepared[2] <= prepared_since:
-                return False
-            transaction = driver.transaction(
-                isolation=self.isolation_level, readonly=self.readonly, deferrable=self.deferrable
-            )
-            _start(transaction, driver)
-            self._begun(transaction)
-            return True
-
-        async def undo_begin(self) -> None:
-            """After a statement that has not reached the server, or a BEGIN that has failed."""
-            transaction = self._transaction
-            self._begun(None)
-            if not self._connection.is_closed():
-                await transaction.rollback()
-
-        def _begun(self, transaction: Any) -> None:
-            self._transaction = transaction
-            if hasattr(self, "_started"):  # SQLAlchemy 2.0
-                self._started = transaction is not None
 
     return PipeliningConnection
 
@@ -87,64 +60,150 @@ def _pipelining_cursor(base: Any) -> Any:
         __slots__ = ()
 
         async def _prepare_and_execute(self, operation: str, parameters: Any) -> None:
-            connection = self._adapt_connection
-            if not connection.begin_with(operation, self._invalidate_schema_cache_asof):
-                await super()._prepare_and_execute(operation, parameters)
-                return
+            cursor: Any = self
+            connection = cursor._adapt_connection
+            if (
+                connection._transaction is None
+                and connection.isolation_level != "autocommit"
+                and connection._prepared_statement_cache
+            ):
+                since = cursor._invalidate_schema_cache_asof
+                cursor._adapt_connection = _Beginning(connection, operation, since)
             try:
                 await super()._prepare_and_execute(operation, parameters)
-            except Exception:
-                if not connection._connection.is_in_transaction():
-                    await connection.undo_begin()
-                raise
-            if not connection._connection.is_in_transaction():
-                raise TransactionError(
-                    "the server did not begin a transaction, and has executed a statement outside "
-                    "of one.\nIf a pooler stands before it, write pgbouncer=True."
-                )
+            finally:
+                cursor._adapt_connection = connection
 
     return PipeliningCursor
 
 
-def _start(transaction: Any, driver: Any) -> None:
-    """Start asyncpg's transaction, and send what it would have sent; the answer comes later."""
-    known = type(driver)
-    driver.__class__ = _handing_over(known)
-    try:
-        start = transaction.start()
-        driver._transport.write(_without_sync(start.send(None)))
+class _Beginning:
+    """What a cursor takes for its connection, and for its statement, to begin a transaction.
+
+    The cursor calls all of it while it holds the connection's mutex.
+
+    Args:
+        connection: SQLAlchemy's.
+        operation: the statement.
+        since: a statement that was prepared before that time is prepared again.
+    """
+
+    def __init__(self, connection: Any, operation: str, since: float) -> None:
+        self._known = connection
+        self._driver = connection._connection
+        self._operation = operation
+        self._since = since
+        self._statement: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._known, name)
+
+    async def _start_transaction(self) -> None:
+        prepared = self._known._prepared_statement_cache.get(self._operation)
+        if prepared is not None and prepared[2] > self._since:
+            self._statement = prepared[0]
+        else:
+            await self._known._start_transaction()
+
+    async def _prepare(self, operation: str, since: float) -> tuple[Any, Any]:
+        statement, attributes = await self._known._prepare(operation, since)
+        return (statement if self._statement is None else self), attributes
+
+    def get_statusmsg(self) -> Any:
+        return self._statement.get_statusmsg()
+
+    async def fetch(self, *parameters: Any) -> Any:
+        """Execute the statement, with BEGIN before it."""
+        driver, statement = self._driver, self._statement
+        if not self._can_send():
+            await self._known._start_transaction()
+            return await statement.fetch(*parameters)
+        self._send_begin()
         try:
-            start.send("BEGIN")
-        except StopIteration:
-            return
-    finally:
-        driver.__class__ = known
+            rows = await statement.fetch(*parameters)
+        except TimeoutError:  # after which SQLAlchemy gives up the connection
+            raise
+        except Exception:
+            if not (driver.is_closed() or driver.is_in_transaction()):
+                await self._settle()
+            raise
+        if not (
+            driver.is_closed() or driver.is_in_transaction() or statement.get_statusmsg() in _ENDS
+        ):
+            self._begun(None)
+            raise TransactionError(
+                "the server did not begin a transaction, and has executed a statement outside "
+                "of one.\nIf a pooler stands before it, write pgbouncer=True."
+            )
+        return rows
+
+    def _can_send(self) -> bool:
+        """Whether the statement can follow at once, and nobody has begun a transaction by hand."""
+        driver = self._driver
+        if (
+            driver.is_closed()
+            or driver.is_in_transaction()
+            or driver._top_xact is not None
+            or driver._protocol._is_cancelling()
+        ):
+            return False
+        # asyncpg looks whether it is busy, and then refuses the parameters.
+        call = driver._protocol.bind_execute(self._statement._state, None, "", 0, True, None)
+        try:
+            call.send(None)
+        except self._known.dbapi.asyncpg.InternalClientError:
+            return True
+        except Exception:
+            return False
+        call.close()
+        return False
+
+    def _send_begin(self) -> None:
+        known, driver = self._known, self._driver
+        options = known.isolation_level, known.readonly, known.deferrable
+        transaction = driver.transaction(
+            isolation=options[0], readonly=options[1], deferrable=options[2]
+        )
+        transaction._state = type(transaction._state).STARTED
+        driver._transport.write(_begin(*options))
+        self._begun(transaction)
+
+    async def _settle(self) -> None:
+        """Learn what became of BEGIN, when the statement has not told.
+
+        It has not been sent, so that there was no Sync yet, or BEGIN has failed. What is asked
+        here is nothing; the Sync behind it counts.
+        """
+        driver = self._driver
+        try:
+            await driver._protocol.close_portal("", None)
+        except BaseException:
+            driver.terminate()
+            raise
+        if not driver.is_in_transaction():
+            self._begun(None)
+
+    def _begun(self, transaction: Any) -> None:
+        self._driver._top_xact = self._known._transaction = transaction
+        if hasattr(self._known, "_started"):  # SQLAlchemy 2.0
+            self._known._started = transaction is not None
 
 
 @functools.cache
-def _handing_over(base: Any) -> Any:
-    class HandingOver(base):  # type: ignore[misc]
-        __slots__ = ()
-
-        def execute(self, query: str) -> Any:
-            return _hand_over(query)
-
-    return HandingOver
-
-
-@types.coroutine
-def _hand_over(query: str) -> Generator[str, str, str]:
-    """Give `query` to who sends a coroutine its next value, which is the answer."""
-    return (yield query)
-
-
-@functools.cache
-def _without_sync(query: str) -> bytes:
-    """Parse, Bind and Execute of a query without parameters, by the unnamed statement and portal.
+def _begin(isolation: str | None, readonly: bool, deferrable: bool) -> bytes:
+    """The BEGIN that asyncpg would send, as Parse, Bind and Execute.
 
     See https://www.postgresql.org/docs/current/protocol-message-formats.html
     """
-    parse = b"\0" + query.encode() + b"\0" + b"\0\0"
+    query = "BEGIN"
+    if isolation:
+        query += " ISOLATION LEVEL " + isolation.replace("_", " ").upper()
+    if readonly:
+        query += " READ ONLY"
+    if deferrable:
+        query += " DEFERRABLE"
+    # The statement and the portal without a name; nothing is said of any types and formats.
+    parse = b"\0" + query.encode() + b";\0" + b"\0\0"
     bind = b"\0" + b"\0" + b"\0\0" * 3
     execute = b"\0" + b"\0\0\0\0"
     return b"".join(
