@@ -18,7 +18,8 @@ from sqlalchemy.util import await_only
 
 def execute_in_one_step(dbapi_connection: Any) -> None:
     """Give a connection of SQLAlchemy's aiosqlite dialect such cursors."""
-    dbapi_connection.__class__ = _executing_in_one_step(type(dbapi_connection))
+    known: Any = type(dbapi_connection)
+    dbapi_connection.__class__ = _executing_in_one_step(known)
 
 
 @functools.cache

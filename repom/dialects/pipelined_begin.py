@@ -88,12 +88,16 @@ class _Beginning:
         since: a statement that was prepared before that time is prepared again.
     """
 
+    _started = False  # for SQLAlchemy 2.0
+    _transaction = None  # and for 2.1
+    _statement: Any = None
+
     def __init__(self, connection: Any, operation: str, since: float) -> None:
         self._known = connection
         self._driver = connection._connection
+        self._execute_mutex = connection._execute_mutex
         self._operation = operation
         self._since = since
-        self._statement: Any = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._known, name)
@@ -118,13 +122,15 @@ class _Beginning:
         if not self._can_send():
             await self._known._start_transaction()
             return await statement.fetch(*parameters)
-        self._send_begin()
+        begin = self._send_begin()
         try:
             rows = await statement.fetch(*parameters)
-        except TimeoutError:  # after which SQLAlchemy gives up the connection
-            raise
-        except Exception:
-            if not (driver.is_closed() or driver.is_in_transaction()):
+        except BaseException as error:
+            if not begin.is_written:  # nor is the statement
+                begin.take_back()
+                self._begun(None)
+            # After the others SQLAlchemy gives up the connection.
+            if isinstance(error, Exception) and not isinstance(error, TimeoutError):
                 await self._settle()
             raise
         if not (
@@ -140,41 +146,35 @@ class _Beginning:
     def _can_send(self) -> bool:
         """Whether the statement can follow at once, and nobody has begun a transaction by hand."""
         driver = self._driver
-        if (
-            driver.is_closed()
-            or driver.is_in_transaction()
-            or driver._top_xact is not None
+        return not (
+            driver._top_xact is not None
+            or driver.is_closed()
+            or driver._protocol.is_in_transaction()
             or driver._protocol._is_cancelling()
-        ):
-            return False
-        # asyncpg looks whether it is busy, and then refuses the parameters.
-        call = driver._protocol.bind_execute(self._statement._state, None, "", 0, True, None)
-        try:
-            call.send(None)
-        except self._known.dbapi.asyncpg.InternalClientError:
-            return True
-        except Exception:
-            return False
-        call.close()
-        return False
+        )
 
-    def _send_begin(self) -> None:
+    def _send_begin(self) -> _BeforeTheNext:
         known, driver = self._known, self._driver
         options = known.isolation_level, known.readonly, known.deferrable
         transaction = driver.transaction(
             isolation=options[0], readonly=options[1], deferrable=options[2]
         )
         transaction._state = type(transaction._state).STARTED
-        driver._transport.write(_begin(*options))
         self._begun(transaction)
+        return _BeforeTheNext(driver._transport, _begin(*options))
 
     async def _settle(self) -> None:
-        """Learn what became of BEGIN, when the statement has not told.
+        """Be in the transaction that the statement would have failed in.
 
-        It has not been sent, so that there was no Sync yet, or BEGIN has failed. What is asked
-        here is nothing; the Sync behind it counts.
+        If it has not told, it was not sent behind BEGIN, so that there was no Sync yet, or BEGIN
+        has failed. What is asked here is nothing; the Sync behind it counts.
         """
         driver = self._driver
+        if driver.is_closed() or driver.is_in_transaction():
+            return
+        if self._known._transaction is None:  # neither has left
+            await self._known._start_transaction()
+            return
         try:
             await driver._protocol.close_portal("", None)
         except BaseException:
@@ -187,6 +187,36 @@ class _Beginning:
         self._driver._top_xact = self._known._transaction = transaction
         if hasattr(self._known, "_started"):  # SQLAlchemy 2.0
             self._known._started = transaction is not None
+
+
+class _BeforeTheNext:
+    """`data` that is written in one packet with what is written next.
+
+    Attributes:
+        is_written: whether it was. Transports of uvloop, which send all that a turn of the loop
+            writes at once, let nothing come between, so there it is from the beginning.
+    """
+
+    __slots__ = ("_data", "_transport", "is_written")
+
+    def __init__(self, transport: Any, data: bytes) -> None:
+        self._transport = transport
+        self._data = data
+        self.is_written = False
+        try:
+            transport.write = self._write_both
+        except AttributeError:
+            self.is_written = True
+            transport.write(data)
+
+    def _write_both(self, more: bytes | memoryview) -> None:
+        self.take_back()
+        self.is_written = True
+        self._transport.write(b"".join((self._data, more)))
+
+    def take_back(self) -> None:
+        """Do not write it."""
+        del self._transport.write
 
 
 @functools.cache
