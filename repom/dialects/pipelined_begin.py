@@ -22,7 +22,7 @@ _ENDS = frozenset({"COMMIT", "ROLLBACK", "PREPARE TRANSACTION"})
 
 # Of asyncpg's connection and its protocol, beside what is public.
 _OF_CONNECTION = ("_protocol", "_top_xact", "_transport")
-_OF_PROTOCOL = ("_is_cancelling", "bind_execute", "close_portal")
+_OF_PROTOCOL = ("bind_execute", "close_portal")
 
 
 def pipeline_begin(dbapi_connection: Any) -> None:
@@ -72,7 +72,7 @@ def _pipelining_cursor(base: Any) -> Any:
             try:
                 await super()._prepare_and_execute(operation, parameters)
             finally:
-                cursor._adapt_connection = connection
+                cursor._adapt_connection = connection  # what it executes next begins nothing
 
     return PipeliningCursor
 
@@ -140,14 +140,10 @@ class _Beginning:
     def _can_send(self) -> bool:
         """Whether the statement can follow at once, and nobody has begun a transaction by hand."""
         driver = self._driver
-        if (
-            driver.is_closed()
-            or driver.is_in_transaction()
-            or driver._top_xact is not None
-            or driver._protocol._is_cancelling()
-        ):
+        if driver.is_closed() or driver.is_in_transaction() or driver._top_xact is not None:
             return False
-        # asyncpg looks whether it is busy, and then refuses the parameters.
+        # asyncpg looks whether it is busy, or waits for what is cancelled, and only then refuses
+        # these parameters.
         call = driver._protocol.bind_execute(self._statement._state, None, "", 0, True, None)
         try:
             call.send(None)
