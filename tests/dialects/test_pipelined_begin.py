@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import asyncpg
+import asyncpg.transaction
 import pytest
 from sqlalchemy import Text, bindparam, text
 from sqlalchemy.engine import make_url
