@@ -669,3 +669,15 @@ async def test_connections_of_asyncpgs_pool(url: str) -> None:
     await database.dispose()
     pool.terminate()
     assert ids(url) == [1, 2, 3]
+
+
+async def test_an_asyncpg_that_lacks_what_is_needed(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BEGIN is its own, and nothing fails."""
+    monkeypatch.setattr("repom.dialects.pipelined_begin._OF_PROTOCOL", ("not_there",))
+    async with FaultProxy(url) as proxy, open_database(proxy.url) as database:
+        begun = proxy.sent(BEGIN_ALONE)
+        await unit(database, INSERT, {"id": 2})
+        assert proxy.sent(BEGIN_ALONE) == begun + 1
+    assert ids(url) == [1, 2]
