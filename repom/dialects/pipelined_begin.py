@@ -22,7 +22,7 @@ _ENDS = frozenset({"COMMIT", "ROLLBACK", "PREPARE TRANSACTION"})
 
 # Of asyncpg's connection and its protocol, beside what is public.
 _OF_CONNECTION = ("_protocol", "_top_xact", "_transport")
-_OF_PROTOCOL = ("_is_cancelling", "bind_execute", "close_portal")
+_OF_PROTOCOL = ("_is_cancelling", "close_portal")
 
 
 def pipeline_begin(dbapi_connection: Any) -> None:
@@ -72,7 +72,7 @@ def _pipelining_cursor(base: Any) -> Any:
             try:
                 await super()._prepare_and_execute(operation, parameters)
             finally:
-                cursor._adapt_connection = connection
+                cursor._adapt_connection = connection  # what it executes next begins nothing
 
     return PipeliningCursor
 

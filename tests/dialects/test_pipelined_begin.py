@@ -8,10 +8,11 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import asyncpg
+import asyncpg.transaction
 import pytest
 from sqlalchemy import Text, bindparam, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError, PendingRollbackError
+from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from repom import Database, session_scope
@@ -25,7 +26,9 @@ from tests.support.reader import connections, execute, open_transactions, rows
 SELECT = text("select id from t order by id")
 INSERT = text("insert into t values (:id)")
 DIVIDE = text("select 1 / cast(:by as integer)")
-LEVELS = [
+#: asyncpg's own message.
+BEGIN_ALONE = b"Q\0\0\0\x0bBEGIN;\0"
+LEVELS: list[dict[str, Any]] = [
     {},
     {"isolation_level": "READ COMMITTED"},
     {"isolation_level": "REPEATABLE READ"},
@@ -132,6 +135,15 @@ async def test_only_the_first_statement_brings_it(url: str) -> None:
         assert ids(url) == [1]
 
 
+async def test_a_first_statement_that_fails_costs_no_more(url: str) -> None:
+    """The statement and ROLLBACK: what became of BEGIN is known by then."""
+    async with FaultProxy(url) as proxy, open_database(proxy.url) as database:
+        before = proxy.round_trips
+        with pytest.raises(IntegrityError):
+            await unit(database, INSERT, {"id": 1})
+        assert proxy.round_trips - before == 2
+
+
 @pytest.mark.parametrize("options", LEVELS)
 async def test_the_same_begin_as_asyncpgs_own(url: str, options: dict[str, Any]) -> None:
     """Isolation level, read-only and deferrable are the same, whoever sends them."""
@@ -160,10 +172,10 @@ async def test_never_without_prepared_statements(url: str, options: str) -> None
         kwargs = {"connect_args": {"prepared_statement_cache_size": 0}}
     async with FaultProxy(url) as proxy, open_database(proxy.url, **kwargs) as database:
         for id_ in (2, 3):
-            before, begun = proxy.round_trips, proxy.sent(b"Q\0\0\0\x0bBEGIN;\0")
+            before, begun = proxy.round_trips, proxy.sent(BEGIN_ALONE)
             await unit(database, INSERT, {"id": id_})
             assert proxy.round_trips - before >= 4
-            assert proxy.sent(b"Q\0\0\0\x0bBEGIN;\0") - begun == 1
+            assert proxy.sent(BEGIN_ALONE) - begun == 1
         assert ids(url) == [1, 2, 3]
 
 
@@ -249,6 +261,23 @@ async def test_first_statements_of_all_kinds(database: Database, url: str, work:
         await work(connection)
     assert ids(url) == [1, 2, 3]
     await assert_as_new(database, url)
+
+
+async def test_a_cursor_used_again(database: Database, url: str) -> None:
+    """What it executes after the first statement is a statement like any other."""
+
+    def work(connection: Any) -> None:
+        cursor = connection.connection.cursor()
+        for id_ in (2, 3):
+            cursor.execute("INSERT INTO t VALUES ($1)", (id_,))
+            connection.connection.rollback()
+            cursor.execute("INSERT INTO t VALUES ($1)", (id_,))
+            cursor.execute("INSERT INTO t VALUES ($1)", (id_ + 10,))
+            connection.connection.commit()
+
+    async with database.async_engine.connect() as connection:
+        await connection.run_sync(work)
+    assert ids(url) == [1, 2, 3, 12, 13]
 
 
 async def test_notifications_come_through(database: Database) -> None:
@@ -439,7 +468,10 @@ async def test_a_type_that_has_changed(database: Database, url: str) -> None:
 async def test_a_first_statement_that_takes_too_long(url: str) -> None:
     """command_timeout: the connection is given up, and nothing is written by another one."""
     sleep = text("select pg_sleep(:seconds)")
-    async with open_database(url, connect_args={"command_timeout": 0.2}) as database:
+    async with (
+        FaultProxy(url) as proxy,
+        open_database(proxy.url, connect_args={"command_timeout": 0.2}) as database,
+    ):
         await unit(database, sleep, {"seconds": 0})
         with pytest.raises(TimeoutError):
             await unit(database, sleep, {"seconds": 60})
@@ -453,6 +485,7 @@ async def test_a_first_statement_that_takes_too_long(url: str) -> None:
 
         with pytest.raises(TransactionAbortedError):
             await swallowed()
+        assert not proxy.sent(b"C\0\0\0\6P\0")  # nothing more is asked of that connection
         assert ids(url) == [1]
         await assert_as_new(database, url)
 
@@ -497,7 +530,7 @@ async def test_the_connection_is_lost(url: str, needle: bytes, when: When) -> No
     unit of work finds a new one."""
     async with FaultProxy(url) as proxy, open_database(proxy.url) as database:
         proxy.cut(needle, when)
-        with pytest.raises(DBAPIError) as lost:
+        with pytest.raises(DBAPIError, match="closed in the middle of operation") as lost:
             await unit(database, INSERT, {"id": 2})
         assert lost.value.connection_invalidated
         assert ids(url) == [1]
@@ -604,19 +637,22 @@ async def test_a_connection_that_is_busy(database: Database, url: str) -> None:
         assert ids(url) == [1, 2]
 
 
-async def test_while_another_statement_is_cancelled(database: Database, url: str) -> None:
+async def test_while_another_statement_is_cancelled(url: str) -> None:
     """BEGIN is not sent into that: it waits for the end of it, as the statement does."""
-    async with database.async_engine.connect() as connection:
-        driver = await driver_of(connection)
-        busy = asyncio.create_task(driver.fetch("select pg_sleep(60)"))
-        await asyncio.sleep(0)
-        busy.cancel()
-        with suppress(asyncio.CancelledError):
-            await busy
-        await connection.execute(INSERT, {"id": 2})
-        assert ids(url) == [1]
-        await connection.commit()
-    assert ids(url) == [1, 2]
+    async with FaultProxy(url) as proxy, open_database(proxy.url) as database:
+        async with database.async_engine.connect() as connection:
+            driver = await driver_of(connection)
+            busy = asyncio.create_task(driver.fetch("select pg_sleep(60)"))
+            await asyncio.sleep(0)
+            busy.cancel()
+            with suppress(asyncio.CancelledError):
+                await busy
+            begun = proxy.sent(BEGIN_ALONE)
+            await connection.execute(INSERT, {"id": 2})
+            assert proxy.sent(BEGIN_ALONE) == begun + 1
+            assert ids(url) == [1]
+            await connection.commit()
+        assert ids(url) == [1, 2]
 
 
 async def test_connections_of_asyncpgs_pool(url: str) -> None:
@@ -633,3 +669,15 @@ async def test_connections_of_asyncpgs_pool(url: str) -> None:
     await database.dispose()
     pool.terminate()
     assert ids(url) == [1, 2, 3]
+
+
+async def test_an_asyncpg_that_lacks_what_is_needed(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BEGIN is its own, and nothing fails."""
+    monkeypatch.setattr("repom.dialects.pipelined_begin._OF_PROTOCOL", ("not_there",))
+    async with FaultProxy(url) as proxy, open_database(proxy.url) as database:
+        begun = proxy.sent(BEGIN_ALONE)
+        await unit(database, INSERT, {"id": 2})
+        assert proxy.sent(BEGIN_ALONE) == begun + 1
+    assert ids(url) == [1, 2]

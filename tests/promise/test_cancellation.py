@@ -116,11 +116,17 @@ class Site:
         self._known: list[list[str]] = [[], []]
 
     async def begin_anew(self, connection: str) -> None:
-        """Let there be a "pooled" connection, or only a "new" one to be had."""
+        """Let there be a "pooled" connection, or only a "new" one to be had.
+
+        The first statement of most work is prepared on the pooled one, as it is in the long run:
+        with asyncpg BEGIN travels with it then.
+        """
         if connection == "new":
             await self.database.dispose()
-        else:
-            await self.database.ping()
+            return
+        async with session_scope(self.database) as session:
+            await write("undone")
+            await session.rollback()
 
     def written(self) -> list[str]:
         """The notes that have been committed since the last call, of both databases."""
