@@ -63,18 +63,20 @@ class Exchange:
         send: sends to the client.
     """
 
-    _progress = NOTHING
-    #: Made with the first message that may have to wait for something.
-    _turn: Turn | None = None
-    #: Whether the response commits, by the policy.
-    _commit = False
-    #: What the client is not to have before the app has read its cursor.
-    _held: Message | None = None
-    #: Whether there was a COMMIT, and the type of what has left last, if anything since.
-    _committed = False
-    _last_sent = ""
-    #: The error of the COMMIT that failed, until an error response has started.
-    _failure: Exception | None = None
+    __slots__ = (
+        "_asgi_scope",
+        "_commit",
+        "_commit_on",
+        "_committed",
+        "_failure",
+        "_held",
+        "_last_sent",
+        "_progress",
+        "_response",
+        "_send",
+        "_turn",
+        "_unit",
+    )
 
     def __init__(
         self, unit: SessionScope, commit_on: CommitOn, asgi_scope: Scope, send: Send
@@ -84,6 +86,18 @@ class Exchange:
         self._asgi_scope = asgi_scope
         self._send = send
         self._response = self._new_response()
+        self._progress = NOTHING
+        #: Made with the first message that may have to wait for something.
+        self._turn: Turn | None = None
+        #: Whether the response commits, by the policy.
+        self._commit = False
+        #: What the client is not to have before the app has read its cursor.
+        self._held: Message | None = None
+        #: Whether there was a COMMIT, and the type of what has left last, if anything since.
+        self._committed = False
+        self._last_sent = ""
+        #: The error of the COMMIT that failed, until an error response has started.
+        self._failure: Exception | None = None
 
     def _new_response(self) -> Response:
         return Response(self._unit.label, self._asgi_scope["method"])

@@ -44,15 +44,24 @@ class Response:
             that was announced before.
     """
 
-    status = 0
-    headers: Headers = ()
-    has_ended = False
-    _is_started = False
-    _body_bytes: float = 0
+    __slots__ = (
+        "_body_bytes",
+        "_is_started",
+        "_label",
+        "_method",
+        "has_ended",
+        "headers",
+        "status",
+    )
 
     def __init__(self, label: object, method: str) -> None:
         self._label = label
         self._method = method
+        self.status = 0
+        self.headers: Headers = ()
+        self.has_ended = False
+        self._is_started = False
+        self._body_bytes: float = 0
 
     def take(self, message: Message) -> Step:
         """Take the next message.

@@ -35,6 +35,8 @@ from repom.turn import Turn
 #: Seconds that the end of a unit of work may take before its connections are closed.
 END_TIMEOUT = 30.0
 
+_NOTHING: Mapping[Any, Any] = MappingProxyType({})
+
 _P = TypeVar("_P", AsyncParticipant, SyncParticipant)
 
 
@@ -65,23 +67,31 @@ class SessionScope:
             conflict and is repeated.
     """
 
-    # Most requests need little of this, so it is made when it is needed.
-    parent: Surroundings | None = None
-    observer: Observer | None = None
-    is_used = False
-    participants: tuple[Participant, ...] = ()
-    _state = OPEN
-    _rollback_only = False
-    _callbacks: Callbacks | None = None
-    _loop: asyncio.AbstractEventLoop | None = None
-    _token: Token[Surroundings | None] | None = None
-    _turn: Turn | None = None
-    #: Of a unit of work that ends by a two-phase commit; set by its owner.
-    branches: Branches | None = None
-    _participants: Mapping[Database, Participant] = MappingProxyType({})
-    # By what was asked for, so that `current_session()` is one look-up.
-    _async_sessions: Mapping[str | Database, AsyncSession] = MappingProxyType({})
-    _sync_sessions: Mapping[str | Database, Session] = MappingProxyType({})
+    __slots__ = (
+        "__weakref__",
+        "_async_sessions",
+        "_begin",
+        "_callbacks",
+        "_inner_commits",
+        "_loop",
+        "_mutex",
+        "_participants",
+        "_rollback_only",
+        "_state",
+        "_sync_sessions",
+        "_token",
+        "_turn",
+        "attempt",
+        "branches",
+        "databases",
+        "end_timeout",
+        "is_sync",
+        "is_used",
+        "label",
+        "observer",
+        "parent",
+        "participants",
+    )
 
     def __init__(
         self,
@@ -102,6 +112,23 @@ class SessionScope:
         self._begin = begin
         self._inner_commits: InnerCommits = inner_commits
         self._mutex = threading.Lock()  # threads of one request may ask at the same time
+        self._state = OPEN
+        self._rollback_only = False
+        self.parent: Surroundings | None = None
+        self._token: Token[Surroundings | None] | None = None
+        self.observer: Observer | None = None
+        #: Of a unit of work that ends by a two-phase commit; set by its owner.
+        self.branches: Branches | None = None
+        # Most requests need little of this, so it is made when it is needed.
+        self.is_used = False
+        self.participants: tuple[Participant, ...] = ()
+        self._participants: Mapping[Database, Participant] = _NOTHING
+        self._callbacks: Callbacks | None = None
+        self._turn: Turn | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        # By what was asked for, so that `current_session()` is one look-up.
+        self._async_sessions: Mapping[str | Database, AsyncSession] = _NOTHING
+        self._sync_sessions: Mapping[str | Database, Session] = _NOTHING
 
     def __repr__(self) -> str:
         return f"<SessionScope {self.label} ({self._state.value})>"
@@ -376,8 +403,7 @@ class SessionScope:
         were opened in it: each has a copy of the context.
         """
         self._state = CLOSED
-        nothing: Mapping[Any, Any] = MappingProxyType({})
-        self._participants = self._async_sessions = self._sync_sessions = nothing
+        self._participants = self._async_sessions = self._sync_sessions = _NOTHING
         self.participants = ()
 
     def _refuse_if_over(self) -> None:

@@ -32,6 +32,7 @@ from repom.urls import safe
 # Keys of `PoolProxiedConnection.info`, which lives as long as the DBAPI connection.
 ABORTED_BY = "repom.aborted_by"  # the error with which the server aborted the transaction
 _COMMIT_SENT = "repom.commit_sent"  # and not yet answered
+_ROLLBACK_SENT = "repom.rollback_sent"  # and not yet answered
 CLOSED_BY_COMMIT = "repom.closed_by_commit"  # its session gives it back right after COMMIT
 READING = "repom.reading"  # the `Reading` of the unit of work that has it, if that only reads
 _IS_CLEAN = "repom.is_clean"  # nothing was begun since COMMIT, so there is nothing to roll back
@@ -206,11 +207,14 @@ class Support:
     ) -> None:
         # The pool rolls back whatever comes back to it, which on MySQL is a round trip.
         try:
-            is_clean = connection.info.pop(_IS_CLEAN, False)
+            info = connection.info
         except NotImplementedError:  # SQLAlchemy's first look at a server, before its pool's
-            is_clean = False
-        if not is_clean:
             do_rollback(connection)
+            return
+        if not info.pop(_IS_CLEAN, False):
+            info[_ROLLBACK_SENT] = True
+            do_rollback(connection)
+            info.pop(_ROLLBACK_SENT, None)
 
     def _on_error(self, context: ExceptionContext) -> BaseException | None:
         connection = context.connection
@@ -219,6 +223,10 @@ class Support:
             return None
         info = connection.info
         commit_sent = info.pop(_COMMIT_SENT, False)
+        if info.pop(_ROLLBACK_SENT, False) and not context.is_disconnect:
+            # By a server that was told to cancel it, for instance. SQLAlchemy takes the transaction
+            # for over, and would put the connection back into its pool with it.
+            context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
         if self.is_last_word(error):
             # The driver may see the end of the connection a moment after what was said last.
             context.is_disconnect = True

@@ -205,3 +205,36 @@ def test_only_what_the_server_says_is_an_answer() -> None:
     assert not support.is_answer(OSError())
     lost.__cause__ = type("Shutdown", (Exception,), {"sqlstate": "57P01"})()
     assert support.is_answer(lost)
+
+
+async def test_a_rollback_that_fails_costs_the_connection(postgres_url: str) -> None:
+    """A server may be told to cancel it, too. What it has not undone is not in the pool then."""
+    database = Database(postgres_url.replace("postgresql:", "postgresql+asyncpg:"))
+    try:
+        async with database.async_engine.connect() as connection:
+            await connection.execute(text("select 1"))
+            raw = await connection.get_raw_connection()
+            assert raw.driver_connection is not None
+            cancelled = _cancelling_rollback(type(raw.driver_connection))
+            raw.driver_connection.__class__ = cancelled
+            with pytest.raises(DBAPIError, match="canceling statement"):
+                await connection.rollback()
+        async with database.async_engine.connect() as connection:
+            raw = await connection.get_raw_connection()
+            assert type(raw.driver_connection) is not cancelled
+            assert not raw.driver_connection.is_in_transaction()  # type: ignore[union-attr]
+            assert (await connection.execute(text("select 1"))).scalar_one() == 1
+    finally:
+        await database.dispose()
+
+
+def _cancelling_rollback(base: Any) -> Any:
+    class Cancelling(base):  # type: ignore[misc]
+        __slots__ = ()
+
+        async def execute(self, query: str, *args: Any, **kwargs: Any) -> Any:
+            if query.startswith("ROLLBACK"):
+                raise asyncpg.QueryCanceledError("canceling statement due to user request")
+            return await super().execute(query, *args, **kwargs)
+
+    return Cancelling
