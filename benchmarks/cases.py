@@ -44,7 +44,7 @@ class Effort:
 
 
 FULL = Effort(20, 0.15, 100_000, 100, (1, 10, 100, 500, 1000, 2000), machine=True)
-SHORT = Effort(6, 0.06, 10_000, 20, (1, 10, 100, 500), machine=False)
+SHORT = Effort(6, 0.06, 10_000, 20, (1, 10, 100, 500, 2000), machine=False)
 QUICK = Effort(2, 0.02, 1_000, 8, (1, 500), machine=False)
 EFFORTS = {"full": FULL, "short": SHORT, "quick": QUICK}
 

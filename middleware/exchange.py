@@ -134,7 +134,7 @@ class Exchange:
             # mid-response has told the client nothing.
             complete = self._progress is COMPLETE
             self._progress = OVER
-            if not unit.close_if_unused():
+            if not finish.close_if_settled(unit):
                 await self._finish(complete=complete)
         finally:
             unit.leave()

@@ -129,7 +129,11 @@ def check_start(status: int, headers: Headers) -> None:
         wrong = next(header for header in headers if not _are_headers([header]))
         name = wrong[0] if isinstance(wrong, (tuple, list)) else wrong  # the value may be secret
         raise _invalid(f"its header {name!r} is no pair of bytes, or has a line break in it")
-    lengths = {value.strip() for name, value in headers if name.lower() == b"content-length"}
+    lengths = {
+        value.strip()
+        for name, value in headers
+        if len(name) == len(b"content-length") and name.lower() == b"content-length"
+    }
     if lengths and (len(lengths) > 1 or not min(lengths).isdigit()):
         raise _invalid(f"its Content-Length is {sorted(lengths)!r}, and not one number")
 

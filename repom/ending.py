@@ -25,6 +25,11 @@ class Party(Protocol):
         """The name of its database, for messages."""
         ...
 
+    @property
+    def has_changes(self) -> bool:
+        """Whether there is anything to flush."""
+        ...
+
 
 P = TypeVar("P", bound=Party)
 
@@ -52,7 +57,8 @@ def commit_steps(parties: Sequence[Party]) -> Steps:
         # What can fail is made to fail before the first COMMIT, and a time limit that is over
         # before COMMIT leaves no doubt about the outcome.
         for party in parties:
-            yield Step(party, "flush")
+            if party.has_changes:
+                yield Step(party, "flush")
         for party in parties:
             yield Step(party, "commit")
             committed.append(party)

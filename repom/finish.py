@@ -66,11 +66,7 @@ async def finish(scope: SessionScope, *, commit: bool) -> None:
     Raises:
         BaseException: what COMMIT raised; everything is rolled back then.
     """
-    if scope.close_if_unused():
-        return
-    scope.refuse_work()
-    if scope.is_settled:
-        _closed(scope)
+    if close_if_settled(scope):
         return
     try:
         await end(scope, commit=commit, finishing=True)
@@ -81,6 +77,23 @@ async def finish(scope: SessionScope, *, commit: bool) -> None:
                 await run_to_end(_close(scope), limit=scope.end_timeout)
         finally:
             _closed(scope)
+
+
+def close_if_settled(scope: SessionScope) -> bool:
+    """Refuse new work, and close the scope if nothing is open and nobody waits for its end.
+
+    Returns:
+        Whether it is closed. If not, it is to be finished.
+    """
+    if scope.close_if_unused():
+        return True
+    scope.refuse_work()
+    if not scope.is_settled:
+        return False
+    for participant in scope.participants:
+        participant.let_go()
+    scope.closed()
+    return True
 
 
 def end_sync(scope: SessionScope, *, commit: bool) -> None:

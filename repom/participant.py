@@ -52,6 +52,11 @@ class Participant:
         return self.sync_session._transaction is not None
 
     @property
+    def has_changes(self) -> bool:
+        """Whether there is anything to flush; if not, that is not worth a greenlet or a thread."""
+        return not self.sync_session._is_clean()
+
+    @property
     def is_quiet(self) -> bool:
         """Whether nothing is open and nobody is at work, so that closing needs no IO."""
         return self.sync_session._transaction is None and self.gate.is_free
@@ -163,11 +168,8 @@ async def perform(steps: Steps) -> None:
     try:
         step = next(steps)
         while True:
-            party: Any = step.party
             try:
-                # A flush without changes is not worth a greenlet or a thread.
-                if step.action != "flush" or not party.sync_session._is_clean():
-                    await party.performing(step.action)
+                await step.party.performing(step.action)  # type: ignore[attr-defined]
             except BaseException as error:
                 step = steps.throw(_past_limit(step, error) or error)
             else:

@@ -54,7 +54,8 @@ def two_phase_steps(parties: Sequence[Party], branches: Order) -> Steps:
     prepared = 0
     try:
         for party in parties:
-            yield Step(party, "flush")
+            if party.has_changes:
+                yield Step(party, "flush")
         in_order = branches.order(parties)  # a flush may have begun one
         if len(in_order) > 1:
             for party in in_order:

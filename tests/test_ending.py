@@ -13,6 +13,7 @@ from repom.errors import CommitOutcomeUnknown, PartialCommitError
 @dataclass(frozen=True)
 class Party:
     name: str
+    has_changes: bool = True
 
 
 A, B, C = Party("a"), Party("b"), Party("c")
@@ -45,6 +46,12 @@ def _name(step: Step) -> str:
 
 REFUSED = RefusedError()
 UNKNOWN = CommitOutcomeUnknown("lost")
+
+
+def test_what_has_not_changed_is_not_flushed() -> None:
+    """It would cost a greenlet, or a thread."""
+    parties = [Party("a", has_changes=False), B]
+    assert run(commit_steps(parties)) == ("flush:b commit:a commit:b", None)
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ async def test_scope_cancelled_at_any_await(
         assert texts(database) == expected
         if not was_cancelled:
             break
-    assert number > 5
+    assert number > 3
     assert len(expected) > 1  # cancelled in COMMIT, which was answered all the same
     with pytest.raises(NoScopeError):
         current_scope()

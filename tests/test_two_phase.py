@@ -28,6 +28,7 @@ LOST = DBAPIError("", {}, Exception("lost"), connection_invalidated=True)
 @dataclass(eq=False)
 class Party:
     name: str
+    has_changes: bool = True
 
 
 @dataclass
@@ -220,6 +221,7 @@ class Server:
     state: State = "open"
     is_connected: bool = True
     has_session: bool = True
+    has_changes: bool = True
 
     def do(self, action: str, fate: Fate) -> None:
         """The step, as far as its fate lets it happen.
