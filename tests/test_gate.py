@@ -67,6 +67,23 @@ async def turns(count: int = 5) -> None:
         await asyncio.sleep(0)
 
 
+async def test_who_has_left_is_not_inside_any_more() -> None:
+    """Of several operations in one greenlet, as in `run_sync()`, each passes the gate."""
+    gate = TaskGate()
+
+    def work() -> None:
+        assert gate.enter()
+        assert not gate.enter()  # an operation inside another one
+        gate.leave()
+        assert gate.enter()
+        gate.leave()
+        gate.closed = True
+        with pytest.raises(ScopeClosedError):
+            gate.enter()
+
+    await greenlet_spawn(work)
+
+
 async def test_tasks_enter_one_after_the_other_in_the_order_they_came() -> None:
     worker = Worker()
     names = list("abcdefgh")

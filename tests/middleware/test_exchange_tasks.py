@@ -186,9 +186,13 @@ async def test_cancelled_in_the_body(database: Database, database_url: str) -> N
 
 @pytest.mark.parametrize("after_disconnect", ["raise", "ignore"])
 async def test_client_that_is_gone(
-    database: Database, database_url: str, after_disconnect: Any
+    database: Database,
+    database_url: str,
+    caplog: pytest.LogCaptureFixture,
+    after_disconnect: Any,
 ) -> None:
-    """COMMIT had succeeded when the response could not be sent: it stays, nothing is leaked."""
+    """COMMIT had succeeded when the response could not be sent: it stays, nothing is leaked, and
+    nobody says that it has failed."""
 
     async def respond(send: Send) -> None:
         await write("a")
@@ -198,6 +202,7 @@ async def test_client_that_is_gone(
         serve(database, respond), "POST", disconnect_after=0, after_disconnect=after_disconnect
     )
     assert isinstance(response.exception, OSError) is (after_disconnect == "raise")
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert notes(database_url) == ["a"]
     assert connections_in_use(database) == 0
 
