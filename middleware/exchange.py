@@ -148,7 +148,7 @@ class Exchange:
     async def send(self, message: Message) -> None:
         """The `send` of the app."""
         unit = self._unit
-        # Nothing to end; and nothing that was ended, or is being ended, concerns this message.
+        # Nothing to end, now or before: the usual end of a body, and requests without a session.
         if not unit.is_used or (not unit.has_work and self._is_settled()):
             step = self._take(message, ends=False)
             if step is COMPLETES:
@@ -179,6 +179,7 @@ class Exchange:
             await self._send_all(*due)
 
     def _is_settled(self) -> bool:
+        """Whether nothing that was ended, or is being ended, concerns the next message."""
         turn = self._turn
         return turn is None or (not turn.is_taken and self._held is None and self._failure is None)
 

@@ -53,8 +53,12 @@ class Participant:
 
     @property
     def has_changes(self) -> bool:
-        """Whether there is anything to flush; if not, that is not worth a greenlet or a thread."""
-        return not self.sync_session._is_clean()
+        """Whether there is anything to flush, or a flush would refuse to; see `commit_steps`.
+
+        If not, it is not worth a greenlet or a thread.
+        """
+        session = self.sync_session
+        return session.repom_doom is not None or not session._is_clean()
 
     @property
     def is_quiet(self) -> bool:

@@ -26,11 +26,13 @@ from repom import (
 from repom.database import Database
 from repom.errors import (
     CommitOutcomeUnknown,
+    ConcurrentSessionUse,
     PartialCommitError,
     ScopeClosedError,
     TransactionAbortedError,
 )
 from repom.finish import end, finish
+from repom.lost_changes import doom
 from repom.registry import Databases
 from repom.scope import SessionScope
 from repom.transaction import new_scope
@@ -601,6 +603,23 @@ async def test_all_flush_before_any_commits(sqlite: Database, postgres: Database
     assert (texts(sqlite), texts(postgres)) == ([], [])
     assert_nothing_open(sqlite)
     assert_nothing_open(postgres)
+
+
+async def test_a_doomed_transaction_is_refused_before_any_commits(
+    sqlite: Database, postgres: Database
+) -> None:
+    """Also if there is nothing to flush in it any more."""
+
+    async def work() -> None:
+        current_session("a").add(Note(text="a"))
+        session = current_session("b")
+        session.add(Note(text="b"))
+        await session.flush()
+        doom(session.sync_session, "a sibling has changed what was flushed")
+
+    with pytest.raises(ConcurrentSessionUse):
+        await in_scope({"a": sqlite, "b": postgres}, work)
+    assert (texts(sqlite), texts(postgres)) == ([], [])
 
 
 async def test_partial_commit_says_what_is_committed(

@@ -177,7 +177,7 @@ class _Beginning:
             return
         try:
             await driver._protocol.close_portal("", None)
-        except BaseException:
+        except BaseException:  # so that nobody knows what is open on it, and unread
             driver.terminate()
             raise
         if not driver.is_in_transaction():

@@ -629,7 +629,7 @@ async def test_a_connection_that_is_busy(database: Database, url: str) -> None:
     async with database.async_engine.connect() as connection:
         driver = await driver_of(connection)
         busy = asyncio.create_task(driver.fetch("select pg_sleep(0.1)"))
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # in which it is sent
         with pytest.raises(DBAPIError, match="another operation is in progress"):
             await connection.execute(SELECT)
         await busy
@@ -643,7 +643,7 @@ async def test_while_another_statement_is_cancelled(url: str) -> None:
         async with database.async_engine.connect() as connection:
             driver = await driver_of(connection)
             busy = asyncio.create_task(driver.fetch("select pg_sleep(60)"))
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # in which it is sent
             busy.cancel()
             with suppress(asyncio.CancelledError):
                 await busy
