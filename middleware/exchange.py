@@ -85,7 +85,7 @@ class Exchange:
         self._commit_on = commit_on
         self._asgi_scope = asgi_scope
         self._send = send
-        self._response = self._new_response()
+        self._response = Response(unit.label, asgi_scope["method"])
         self._progress = NOTHING
         #: Made with the first message that may have to wait for something.
         self._turn: Turn | None = None
@@ -98,9 +98,6 @@ class Exchange:
         self._last_sent = ""
         #: The error of the COMMIT that failed, until an error response has started.
         self._failure: Exception | None = None
-
-    def _new_response(self) -> Response:
-        return Response(self._unit.label, self._asgi_scope["method"])
 
     async def run(self, app: ASGIApp, receive: Receive) -> None:
         """Run `app` in the unit of work, and end that in every case."""
@@ -149,14 +146,15 @@ class Exchange:
         """The `send` of the app."""
         unit = self._unit
         # Nothing to end, now or before: the usual end of a body, and requests without a session.
-        if not unit.is_used or (not unit.has_work and self._is_settled()):
+        ends = unit.has_work
+        if not ends and self._is_settled():
             step = self._take(message, ends=False)
             if step is COMPLETES:
                 self._progress = COMPLETE
             elif step is not BEFORE:
                 self._progress = STARTED
             if self._committed:
-                await self._send_all(message)
+                await self._send_next(message)
             else:
                 await self._send(message)
             return
@@ -167,16 +165,19 @@ class Exchange:
         # leave in the order in which they came.
         if not turn.take_if_free():
             await turn.take()
+            ends = unit.has_work
         try:
-            due = await self._end_before(message)
+            is_due = await self._end_before(message, ends)
         finally:
             turn.leave()
-        if self._committed and due and due[0]["type"] == "http.response.start":
+        if not is_due:
+            return
+        if self._committed and (self._held or message)["type"] == "http.response.start":
             # It tells of a COMMIT. Cancelled while the connection is congested, it would be lost,
             # and the server would answer with an error.
-            await run_to_end(self._send_all(*due), limit=unit.end_timeout)
+            await run_to_end(self._send_due(message), limit=unit.end_timeout)
         else:
-            await self._send_all(*due)
+            await self._send_due(message)
 
     def _is_settled(self) -> bool:
         """Whether nothing that was ended, or is being ended, concerns the next message."""
@@ -205,33 +206,34 @@ class Exchange:
                 self._response.check(message, step)
         except Exception:
             if step is STARTS:  # it has not, for anybody
-                self._commit, self._response = False, self._new_response()
+                self._commit = False
+                self._forget_response()
             raise
         return step
 
     # --- ending
 
-    async def _end_before(self, message: Message) -> tuple[Message, ...]:
+    async def _end_before(self, message: Message, ends: bool) -> bool:
         """End the open transaction if `message` may leave only after that.
 
         Returns:
-            What is to leave now.
+            Whether it is to leave now, with what was held before it.
         """
-        step = self._take(message, ends=self._unit.has_work)
+        step = self._take(message, ends=ends)
         if step is BEFORE or step is CONTINUES:
             # What comes while something is held is for a client that has nothing more to get.
-            return () if self._held is not None else (message,)
+            return self._held is None
         reached = COMPLETE if step is COMPLETES else STARTED
         if self._response.has_ended or not self._unit.has_open_cursor:
             if await self._end_with(message, reached):
-                return ()
+                return False
         elif step is COMPLETES or self._response.has_no_body:
             self._held = self._held or message
-            return ()
+            return False
         if step is STARTS:
             self._failure = None  # if there was one, this is the answer to it
         self._progress = reached
-        return self._due(message)
+        return True
 
     async def _end_with(self, message: Message, reached: Progress) -> bool:
         """End the open transaction as the response decides; a failed COMMIT is remembered.
@@ -248,7 +250,7 @@ class Exchange:
             has_left = self._committed = True
             self._failure = None
             self._progress = reached
-            await self._send_all(*self._due(message))
+            await self._send_due(message)
 
         commit = self._commits()
         then = tell if commit and reached is STARTED else None
@@ -270,23 +272,28 @@ class Exchange:
                 # cancelled request, such as a 504, would be a lie from now on.
                 self._committed = commit
                 self._progress = reached
-                await self._send_to_end(*self._due(message))
+                await self._send_to_end(message)
             raise
         self._committed = commit
         return has_left
 
-    def _due(self, message: Message) -> tuple[Message, ...]:
-        held, self._held = self._held, None
-        return (message,) if held is None else (held, message)
+    def _forget_response(self) -> None:
+        self._response = Response(self._unit.label, self._asgi_scope["method"])
 
-    async def _send_all(self, *messages: Message) -> None:
-        for message in messages:
-            before, self._last_sent = self._last_sent, message["type"]
-            try:
-                await self._send(message)
-            except Exception:  # the server has refused it; if we are cancelled it may have it
-                self._last_sent = before
-                raise
+    async def _send_due(self, message: Message) -> None:
+        """Send what was held, and then `message`."""
+        if self._held is not None:
+            held, self._held = self._held, None
+            await self._send_next(held)
+        await self._send_next(message)
+
+    async def _send_next(self, message: Message) -> None:
+        before, self._last_sent = self._last_sent, message["type"]
+        try:
+            await self._send(message)
+        except Exception:  # the server has refused it; if we are cancelled it may have it
+            self._last_sent = before
+            raise
 
     def _commits(self) -> bool:
         """Whether what is open is to be committed."""
@@ -315,7 +322,7 @@ class Exchange:
         self._failure = error
         self._held = None
         if self._progress is NOTHING:
-            self._response = self._new_response()  # which may be an error
+            self._forget_response()  # the next one may be an error
         self._log_failure(error)
 
     def _log_failure(self, error: Exception) -> None:
@@ -334,10 +341,10 @@ class Exchange:
         """
         await self._send_to_end({"type": "http.response.body", "body": b"", "more_body": True})
 
-    async def _send_to_end(self, *messages: Message) -> None:
+    async def _send_to_end(self, message: Message) -> None:
         """Send what tells of a COMMIT, although the request was cancelled, or has failed."""
         try:
-            await run_to_end(self._send_all(*messages), limit=self._unit.end_timeout)
+            await run_to_end(self._send_due(message), limit=self._unit.end_timeout)
         except Exception:
             # The client is gone, or does not listen. What has ended the request counts.
             logger.debug("the response of %s was not sent", self._unit.label, exc_info=True)

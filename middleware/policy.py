@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
-from operator import itemgetter
 from typing import Any
 from urllib.parse import quote
 
@@ -36,8 +35,6 @@ _PATH_CHARACTERS = "/:@!$&'()*+,;="
 # What a header has not in it (RFC 9110, sections 5.6.2 and 5.5).
 _NOT_IN_NAME = re.compile(rb"[^!#$%&'*+.^_`|~0-9A-Za-z-]")
 _NOT_IN_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
-
-_name, _value = itemgetter(0), itemgetter(1)
 
 _CHUNKS = frozenset({"http.response.body", "http.response.zerocopysend"})
 
@@ -151,13 +148,15 @@ def check_length(message: Message, sent: float, announced: int | None) -> None:
 
 
 def _are_headers(headers: Collection[Any]) -> bool:
+    if not headers:
+        return True
     try:
         # All at once, which costs the least.
-        names, values = b"".join(map(_name, headers)), b"".join(map(_value, headers))
-        if _NOT_IN_NAME.search(names) or _NOT_IN_VALUE.search(values):
+        names, values = zip(*headers, strict=True)
+        if _NOT_IN_NAME.search(b"".join(names)) or _NOT_IN_VALUE.search(b"".join(values)):
             return False
-        return all(map(_name, headers)) and {2}.issuperset(map(len, headers))
-    except (TypeError, LookupError):
+        return all(names)
+    except (TypeError, ValueError):
         return False
 
 

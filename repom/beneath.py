@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, NestedTransaction, TextClause
+from sqlalchemy import Connection, CursorResult, NestedTransaction, TextClause
 from sqlalchemy.engine.cursor import BufferedRowCursorFetchStrategy
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import await_only
@@ -100,7 +100,10 @@ def _operation(method: Callable[..., Any]) -> Callable[..., Any]:
     def operation(self: Any, *args: Any, **kwargs: Any) -> Any:
         if args:
             _refuse_by_hand(self, args[0])
-        return inside(self.repom_session, method, self, *args, **kwargs)
+        session = self.repom_session
+        if session.repom_gate.is_nested:  # nearly always: by an operation of the session
+            return method(self, *args, **kwargs)
+        return inside(session, method, self, *args, **kwargs)
 
     return operation
 
@@ -111,10 +114,11 @@ def _execution(method: Callable[..., Any]) -> Callable[..., Any]:
         cursors: Cursors = self.repom_session.repom_cursors
         cursors.make_way(args[0] if args else None, self.dialect)
         result = method(self, *args, **kwargs)
-        cursors.watch(result)
-        strategy = getattr(result, "cursor_strategy", None)
-        if type(strategy) is BufferedRowCursorFetchStrategy:
-            strategy.__class__ = _Rows
+        if isinstance(result, CursorResult) and not result._soft_closed:
+            cursors.watch(result)
+            strategy = result.cursor_strategy
+            if type(strategy) is BufferedRowCursorFetchStrategy:
+                strategy.__class__ = _Rows
         return result
 
     return execute

@@ -58,7 +58,7 @@ class Callbacks:
     def __init__(self) -> None:
         self._on_commit: list[_Registered] = []
         self._on_rollback: list[_Registered] = []
-        self._due: deque[Due] = deque()
+        self._due: deque[Due] | None = None  # most requests have none
 
     def on_commit(self, callback: Callback, savepoint: SessionTransaction | None) -> None:
         self._on_commit.append(_register(callback, savepoint))
@@ -73,13 +73,13 @@ class Callbacks:
             for capture in captures:
                 capture.callbacks.extend(due.callback for due in committed)
             if all(capture.execute for capture in captures):
-                self._due += committed
+                self._now_due(committed)
             self._clear()
 
     def rolled_back(self) -> None:
         """The transaction has been rolled back."""
         if self._on_commit or self._on_rollback:
-            self._due += [registered.due for registered in self._on_rollback]
+            self._now_due([registered.due for registered in self._on_rollback])
             self._clear()
 
     def savepoint_rolled_back(self, savepoint: SessionTransaction) -> None:
@@ -88,7 +88,7 @@ class Callbacks:
         registered, self._on_rollback = self._on_rollback, []
         for each in registered:
             if _inside(each.savepoint, savepoint):
-                self._due.append(each.due)
+                self._now_due([each.due])
             else:
                 self._on_rollback.append(each)
 
@@ -106,9 +106,13 @@ class Callbacks:
         """Forget all of them, those that are due too; how many there were."""
         if self.is_empty:
             return 0
-        count = self.forget() + len(self._due)
-        self._due.clear()
-        return count
+        due, self._due = self._due, None
+        return self.forget() + len(due or ())
+
+    def _now_due(self, more: list[Due]) -> None:
+        if self._due is None:
+            self._due = deque()
+        self._due += more
 
     def _clear(self) -> None:
         self._on_commit = []
@@ -123,6 +127,10 @@ class Callbacks:
     def is_empty(self) -> bool:
         """Whether nothing is registered or due."""
         return not (self._due or self._on_commit or self._on_rollback)
+
+
+#: Of a scope that nobody has asked for anything.
+NONE_REGISTERED = Callbacks()
 
 
 class _ToldByTheOwner(Callbacks):

@@ -35,14 +35,10 @@ class Cursors:
         """Whether somebody may still read rows from the database."""
         return bool(self._results) and any(is_read for _, is_read in self._with_readers())
 
-    def watch(self, result: Any) -> None:
-        """Remember what a statement has returned, if rows of it have not been fetched yet."""
-        if (
-            isinstance(result, CursorResult)
-            and not result._soft_closed
-            # The module sqlite3 finds a row when it is asked for it, whatever the options.
-            and (isinstance(result.cursor, sqlite3.Cursor) or _streams(result))
-        ):
+    def watch(self, result: CursorResult[Any]) -> None:
+        """Remember a result that has rows, if they have not been fetched yet."""
+        # The module sqlite3 finds a row when it is asked for it, whatever the options.
+        if isinstance(result.cursor, sqlite3.Cursor) or _streams(result):
             self._results = [*self._results, result]
 
     def make_way(self, statement: Any, dialect: Dialect) -> None:

@@ -85,9 +85,8 @@ def close_if_settled(scope: SessionScope) -> bool:
     Returns:
         Whether it is closed. If not, it is to be finished.
     """
-    if scope.close_if_unused():
+    if not scope.refuse_work():
         return True
-    scope.refuse_work()
     if not scope.is_settled:
         return False
     for participant in scope.participants:
@@ -125,10 +124,11 @@ async def _end(scope: SessionScope, commit: bool, finishing: bool, then: Then | 
     # Runs to its end in any case, so that the callbacks always learn what has happened.
     # One end at a time: what one task is about to commit, another must not roll back.
     turn, callbacks = scope.turn, scope.callbacks
-    if not turn.take_if_free():
+    has_waited = not turn.take_if_free()
+    if has_waited:
         await turn.take()
     try:
-        if commit and not finishing and not scope.is_open:
+        if has_waited and commit and not finishing and not scope.is_open:
             raise scope_closed()
         try:
             await perform(_ending_steps(scope, commit))

@@ -45,6 +45,11 @@ class Gate(Protocol):
         ...
 
     @property
+    def is_nested(self) -> bool:
+        """Whether the caller is called by the operation that is inside; if it is easy to see."""
+        ...
+
+    @property
     def inside(self) -> str:
         """The name of who is inside, for messages."""
         ...
@@ -97,7 +102,7 @@ class TaskGate:
         # Of the operation that is inside: what it calls by the way, as autoflush and lazy loads,
         # is found without asking for the task.
         self._inside: greenlet | None = None
-        self._waiters: deque[_Waiter] = deque()
+        self._waiters: deque[_Waiter] | None = None  # made for the first who waits
 
     @property
     def is_free(self) -> bool:
@@ -106,6 +111,10 @@ class TaskGate:
     @property
     def is_mine(self) -> bool:
         return self._owner is not None and self._owner is _task_here()
+
+    @property
+    def is_nested(self) -> bool:
+        return self._inside is getcurrent()
 
     @property
     def inside(self) -> str:
@@ -147,10 +156,13 @@ class TaskGate:
 
     def _hand_over(self) -> None:
         # Handed over, not released: a newcomer must not overtake those who wait.
-        for waiter in self._waiters if self._owner is None else ():
+        waiters = self._waiters
+        if waiters is None or self._owner is not None:
+            return
+        for waiter in waiters:
             turn, task, visitor, ending = waiter
             if not turn.done() and self._block_against(visitor, ending) is None:
-                self._waiters.remove(waiter)
+                waiters.remove(waiter)
                 self._owner = task
                 turn.set_result(None)
                 return
@@ -160,12 +172,15 @@ class TaskGate:
 
     def _wait(self, me: Task | None, visitor: Visitor, ending: bool) -> None:
         waiter = _Waiter(asyncio.get_running_loop().create_future(), me, visitor, ending)
-        self._waiters.append(waiter)
+        if self._waiters is None:
+            self._waiters = deque()
+        waiters = self._waiters
+        waiters.append(waiter)
         try:
             await_only(self._turn(waiter))
         except BaseException:
-            if waiter in self._waiters:
-                self._waiters.remove(waiter)
+            if waiter in waiters:
+                waiters.remove(waiter)
             else:  # it was already its turn
                 self.leave()
             raise
@@ -201,6 +216,10 @@ class ThreadGate:
     @property
     def is_mine(self) -> bool:
         return self._owner == threading.get_ident()
+
+    @property
+    def is_nested(self) -> bool:
+        return self.is_mine
 
     @property
     def inside(self) -> str:

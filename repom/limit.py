@@ -20,7 +20,12 @@ _INSIST_EVERY = 1.0
 # A timer keeps the context in which it was set, and with that, by default, a unit of work.
 _NOTHING = Context()
 
-_here = threading.local()
+
+class _Here(threading.local):
+    timer: _Timer | None = None
+
+
+_here = _Here()
 
 
 class Limit:
@@ -34,7 +39,7 @@ class Limit:
 
     def __init__(self, seconds: float, cancel: Callable[[], object]) -> None:
         loop = asyncio.get_running_loop()
-        timer: _Timer | None = getattr(_here, "timer", None)
+        timer = _here.timer
         if timer is None or timer.loop() is not loop:
             timer = _here.timer = _Timer(loop)
         self.is_over = False

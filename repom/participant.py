@@ -13,7 +13,6 @@ import anyio.to_thread
 from anyio.lowlevel import RunVar
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
-from sqlalchemy.util import greenlet_spawn
 
 from repom.begin import BeginOptions
 from repom.callbacks import Callbacks
@@ -22,6 +21,7 @@ from repom.database import Database
 from repom.ending import Action, Step, Steps
 from repom.errors import CommitOutcomeUnknown, TransactionError
 from repom.gate import Gate, TaskGate, ThreadGate
+from repom.greenlets import spawn, spawning_class
 from repom.managed import InnerCommits, ManagedSession, managed_class
 from repom.read_only import read_only_class
 from repom.reader_session import RoutedSession, reader_class, writer_class
@@ -81,11 +81,12 @@ class Participant:
         self, gate: Gate, inner_commits: InnerCommits, callbacks: Callbacks, label: object
     ) -> None:
         self.gate = gate
-        self.sync_session.repom_gate = gate
-        self.sync_session.repom_inner_commits = inner_commits
-        self.sync_session.repom_callbacks = callbacks
-        self.sync_session.repom_cursors = Cursors()
-        self.sync_session.repom_label = label
+        session = self.sync_session
+        session.repom_gate = gate
+        session.repom_inner_commits = inner_commits
+        session.repom_callbacks = callbacks
+        session.repom_cursors = Cursors()
+        session.repom_label = label
 
 
 def _class_for(
@@ -115,18 +116,18 @@ class AsyncParticipant(Participant):
     ) -> None:
         self.name = name
         kwargs = database.session_kwargs
-        session_class = database.session_class
-        base = kwargs.get("sync_session_class") or session_class.sync_session_class
-        managed = _class_for(base, begin, database)
-        kwargs = {**kwargs, "sync_session_class": managed}
-        self.session: AsyncSession = session_class(database.async_bind(begin), **kwargs)
+        base = kwargs.get("sync_session_class") or database.session_class.sync_session_class
+        self.session: AsyncSession = spawning_class(database.session_class)(
+            database.async_bind(begin),
+            **{**kwargs, "sync_session_class": _class_for(base, begin, database)},
+        )
         self.sync_session = self.session.sync_session
         if database.readers is not None:
             _route(self.sync_session, database.readers, begin, is_async=True)
         self._manage(TaskGate(), inner_commits, callbacks, label)
 
     def performing(self, action: Action) -> Coroutine[Any, Any, None]:
-        return greenlet_spawn(self.sync_session.end, action)
+        return spawn(self.sync_session.end, action)
 
 
 class SyncParticipant(Participant):

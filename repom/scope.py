@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from repom import finish
 from repom.begin import BeginOptions
 from repom.branches import Branches
-from repom.callbacks import Callback, Callbacks
+from repom.callbacks import NONE_REGISTERED, Callback, Callbacks
 from repom.context import Surroundings, surroundings
 from repom.database import Database
 from repom.errors import (
@@ -62,6 +62,8 @@ class SessionScope:
         observer: who has to know what the database says in it, if anybody.
         is_sync: whether sync code ends it, which cannot await the end of an `AsyncSession`.
         is_used: whether it was ever asked for a session or a callback.
+        callbacks: what waits for the end of the transaction.
+        turn: held while transactions are ended; of one that is used.
         participants: what takes part in it, in the order in which it is to commit.
         attempt: how often the work was begun, this time included: more than 1 if it has lost a
             conflict and is repeated.
@@ -71,7 +73,6 @@ class SessionScope:
         "__weakref__",
         "_async_sessions",
         "_begin",
-        "_callbacks",
         "_inner_commits",
         "_loop",
         "_mutex",
@@ -80,9 +81,9 @@ class SessionScope:
         "_state",
         "_sync_sessions",
         "_token",
-        "_turn",
         "attempt",
         "branches",
+        "callbacks",
         "databases",
         "end_timeout",
         "is_sync",
@@ -91,6 +92,7 @@ class SessionScope:
         "observer",
         "parent",
         "participants",
+        "turn",
     )
 
     def __init__(
@@ -123,8 +125,8 @@ class SessionScope:
         self.is_used = False
         self.participants: tuple[Participant, ...] = ()
         self._participants: Mapping[Database, Participant] = _NOTHING
-        self._callbacks: Callbacks | None = None
-        self._turn: Turn | None = None
+        self.callbacks: Callbacks = NONE_REGISTERED
+        self.turn: Turn
         self._loop: asyncio.AbstractEventLoop | None = None
         # By what was asked for, so that `current_session()` is one look-up.
         self._async_sessions: Mapping[str | Database, AsyncSession] = _NOTHING
@@ -146,16 +148,6 @@ class SessionScope:
         """The scope's `Session`; see `current_sync_session`."""
         session = self._sync_sessions.get(database)
         return session if session is not None else self._open_sync(database)
-
-    @property
-    def callbacks(self) -> Callbacks:
-        """What waits for the end of the transaction."""
-        found = self._callbacks
-        if found is None:
-            with self._mutex:
-                self.is_used = True
-                found = self._callbacks = self._callbacks or Callbacks()
-        return found
 
     @property
     def in_transaction(self) -> bool:
@@ -210,10 +202,14 @@ class SessionScope:
 
     def on_commit(self, callback: Callback, database: str | Database = DEFAULT) -> None:
         """See `repom.on_commit`."""
+        with self._mutex:
+            self._use()
         self.callbacks.on_commit(callback, self._savepoint(database))
 
     def on_rollback(self, callback: Callback, database: str | Database = DEFAULT) -> None:
         """See `repom.on_rollback`."""
+        with self._mutex:
+            self._use()
         self.callbacks.on_rollback(callback, self._savepoint(database))
 
     # --- opening sessions
@@ -250,14 +246,15 @@ class SessionScope:
         return participant.session
 
     def _participant(self, key: str | Database, kind: type[_P]) -> _P:
-        database, callbacks = self.databases[key], self.callbacks
+        database = self.databases[key]
         with self._mutex:
             self._refuse_if_over()  # a thread may have come here just before the end
+            self._use()
             found = self._participants.get(database)
             if found is None:
                 name = key if isinstance(key, str) else repr(key)
                 found = kind(
-                    name, database, self._begin, self._inner_commits, callbacks, self.label
+                    name, database, self._begin, self._inner_commits, self.callbacks, self.label
                 )
                 # What a test commits, it rolls back in the end.
                 if self.branches is not None and database.stand_in is None:
@@ -274,6 +271,13 @@ class SessionScope:
                 f"Use {used} in the whole request, or open a unit of work of its own."
             )
         return found
+
+    def _use(self) -> None:
+        """Make what requests without a database do not need; the caller holds the mutex."""
+        if not self.is_used:
+            self.is_used = True
+            self.callbacks = Callbacks()
+            self.turn = Turn()
 
     def _savepoint(self, key: str | Database) -> Any:
         # The last flush happens when new work is refused already, but what listens to it, as
@@ -295,8 +299,7 @@ class SessionScope:
         """Whether there is anything to end, or anybody waits for the end."""
         if not self.is_used:
             return False
-        callbacks = self._callbacks
-        return self.in_transaction or (callbacks is not None and not callbacks.is_empty)
+        return self.in_transaction or not self.callbacks.is_empty
 
     @property
     def has_effects(self) -> bool:
@@ -314,8 +317,7 @@ class SessionScope:
     @property
     def is_settled(self) -> bool:
         """Whether it is quiet, and nobody waits for the end."""
-        callbacks = self._callbacks
-        return self.is_quiet and (callbacks is None or callbacks.is_empty)
+        return self.is_quiet and self.callbacks.is_empty
 
     @property
     def has_open_cursor(self) -> bool:
@@ -324,13 +326,6 @@ class SessionScope:
             if participant.sync_session.repom_cursors.is_open:
                 return True
         return False
-
-    @property
-    def turn(self) -> Turn:
-        """Held while transactions are ended."""
-        if self._turn is None:
-            self._turn = Turn()
-        return self._turn
 
     def enter(self) -> None:
         """Make this the scope of the running context."""
@@ -348,19 +343,20 @@ class SessionScope:
                 # it stays, closed, and tells so whoever finds it.
                 return
 
-    def close_if_unused(self) -> bool:
-        """Close a scope that nobody has asked for anything; whether it was one."""
+    def refuse_work(self) -> bool:
+        """Refuse new work from now on; what is in flight may finish.
+
+        Returns:
+            Whether there is any. A scope that nobody has asked for anything is closed.
+        """
         with self._mutex:
             if not self.is_used:
                 self._state = CLOSED
-            return not self.is_used
-
-    def refuse_work(self) -> None:
-        """Refuse new work from now on; what is in flight may finish."""
-        with self._mutex:
+                return False
             self._state = ENDING
             for participant in self.participants:
                 participant.gate.closed = True
+            return True
 
     def for_callback(self, *, is_sync: bool = False) -> SessionScope:
         """A unit of work for one callback: all as here, but a transaction of its own.

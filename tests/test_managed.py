@@ -106,10 +106,10 @@ class TracedSync(Session):
 
 
 async def test_sessions_are_of_the_class_of_the_application(sqlite_url: str) -> None:
-    """`session_class` is used as it is, and the gate is below it."""
+    """They are subclasses of it, sync and async, and the gate is below it."""
     with prepared(sqlite_url, session_class=Traced, sync_session_class=TracedSync) as database:
         async with session_scope(database) as session:
-            assert type(session) is Traced
+            assert isinstance(session, Traced)
             answers = await asyncio.gather(*(session.scalar(select(literal(n))) for n in range(5)))
             assert answers == list(range(5))
         with sync_session_scope(database) as sync:

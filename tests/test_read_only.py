@@ -226,7 +226,7 @@ async def test_the_classes_of_the_application(sqlite_url: str) -> None:
         session_kwargs={"autoflush": False, "info": {"of": "the application"}},
     )
     async with session_scope(database, read_only=True) as session:
-        assert type(session) is OwnAsyncSession
+        assert isinstance(session, OwnAsyncSession)
         assert session.info == {"of": "the application"}
         await session.execute(text("SELECT 1"))
     with sync_session_scope(database, read_only=True) as sync_session:

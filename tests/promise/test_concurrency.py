@@ -319,7 +319,7 @@ async def test_any_session_class(database_url: str, session_class: type[AsyncSes
             with pytest.raises(ScopeClosedError):
                 await session.names()
 
-        assert type(current_session()) is session_class
+        assert isinstance(current_session(), session_class)
         session: Any = current_session()  # with a method of its own
         session.add(Note(text="first"))
         assert await asyncio.gather(*(session.names() for _ in range(9))) == [["first"]] * 9
