@@ -57,21 +57,23 @@ Measure = Callable[[Entrant], Awaitable[Values]]
 async def entrants(
     contenders: Iterable[Contender], host: str, url: str
 ) -> AsyncIterator[list[Entrant]]:
-    """All of one host, each environment in a process of its own, started and ready.
+    """All of one host, each in a process of its own, started and ready.
 
-    In each environment the hand-written code comes first, and its second copy.
+    In each environment the hand-written code comes first, and its second copy. In one process
+    they would be what no application is: Python learns which types a place in SQLAlchemy's code
+    meets, and would unlearn it with every change from one to the other.
     """
     mine = [contender for contender in contenders if contender.host == host]
     async with AsyncExitStack() as stack:
         ready = []
         for environment, group in groupby(mine, lambda contender: contender.environment):
-            remote = await stack.enter_async_context(worker(python_of(environment)))
             baseline = hand_written(environment, host)
             for contender, again in [
                 (baseline, False),
                 (baseline, True),
                 *((contender, False) for contender in group),
             ]:
+                remote = await stack.enter_async_context(worker(python_of(environment)))
                 entrant = Entrant(contender, again, remote)
                 await _try(entrant, load(entrant, url))
                 await _try(entrant, check(entrant, url))

@@ -1,4 +1,4 @@
-"""The process in which contenders of one environment run: `python -m benchmarks.worker`.
+"""The process in which a contender runs: `python -m benchmarks.worker`.
 
 It is told what to do by lines of JSON on its standard input, and answers each with one. A load
 on a server comes from another such process.

@@ -145,9 +145,9 @@ class Exchange:
     async def send(self, message: Message) -> None:
         """The `send` of the app."""
         unit = self._unit
+        ends = unit.is_used and unit.has_work
         # Nothing to end, now or before: the usual end of a body, and requests without a session.
-        ends = unit.has_work
-        if not ends and self._is_settled():
+        if not ends and (not unit.is_used or self._is_settled()):
             step = self._take(message, ends=False)
             if step is COMPLETES:
                 self._progress = COMPLETE

@@ -72,7 +72,14 @@ class Response:
         """
         kind = message["type"]
         if kind == "http.response.start":
-            self._start(message)
+            if self._is_started:
+                raise self._second()
+            self._is_started = True
+            self.status = message["status"]
+            headers = message.get("headers", ())
+            if not isinstance(headers, (list, tuple)):  # an iterator is read only once
+                headers = message["headers"] = list(headers)
+            self.headers = headers
             return STARTS
         if not self._is_started:
             return BEFORE
@@ -90,19 +97,12 @@ class Response:
         completes = completes_body(message, self._body_bytes, announced)
         return COMPLETES if completes else CONTINUES
 
-    def _start(self, message: Message) -> None:
-        if self._is_started:
-            raise ScopeError(
-                f"{self._label} started a second response. The transaction has ended as the first "
-                "one said, which the second could not change.\n"
-                "Send one http.response.start for each request."
-            )
-        self.status = message["status"]
-        headers = message.get("headers", ())
-        if not isinstance(headers, (list, tuple)):  # an iterator is read only once
-            headers = message["headers"] = list(headers)
-        self.headers = headers
-        self._is_started = True
+    def _second(self) -> ScopeError:
+        return ScopeError(
+            f"{self._label} started a second response. The transaction has ended as the first "
+            "one said, which the second could not change.\n"
+            "Send one http.response.start for each request."
+        )
 
     @property
     def has_no_body(self) -> bool:

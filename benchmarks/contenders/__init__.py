@@ -16,7 +16,7 @@ class Contender(NamedTuple):
         build: `module:function` of this package; called with the URL and the engine's options.
         environment: the file in requirements/, and the virtual environment, that it runs with.
         host: "asgi" or "fastapi". It is compared with hand-written code on the same host and
-            in the same process.
+            in the same environment.
     """
 
     name: str
