@@ -35,7 +35,7 @@ class _Idle(threading.local):
 _idle = _Idle()
 
 
-class _Worker(greenlet):
+class _Worker(greenlet):  # type: ignore[misc]
     """Does one operation after the other.
 
     An operation that raises ends it. So a traceback is what it would be in a new one.
@@ -53,10 +53,10 @@ def _work() -> None:
     # Nothing here may lead to the worker, or to what it has done before: one that waits for the
     # next operation is not seen by the garbage collector.
     while True:
-        function, args, kwargs = getcurrent().parent.switch()  # type: ignore[union-attr]
-        getcurrent().result = function(*args, **kwargs)  # type: ignore[attr-defined]
+        function, args, kwargs = getcurrent().parent.switch()
+        getcurrent().result = function(*args, **kwargs)
         del function, args, kwargs
-        getcurrent().is_done = True  # type: ignore[attr-defined]
+        getcurrent().is_done = True
 
 
 def _new_worker() -> _Worker:
@@ -93,9 +93,16 @@ async def spawn(
     return result
 
 
-@functools.cache
 def spawning_class(base: type[AsyncSession]) -> type[AsyncSession]:
-    """A subclass of `base` whose operations run in such greenlets."""
+    """A subclass of `base` whose operations run in such greenlets. One for each `base`."""
+    found = _spawning_classes.get(base)
+    return found if found is not None else _spawning_classes.setdefault(base, _make(base))
+
+
+_spawning_classes: dict[type[AsyncSession], type[AsyncSession]] = {}
+
+
+def _make(base: type[AsyncSession]) -> type[AsyncSession]:
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": None}
     bases = (_SpawningSession,) if base is AsyncSession else (base, _SpawningSession)
     return type(base.__name__, bases, names)
@@ -111,7 +118,8 @@ def _spawning(method: FunctionType) -> FunctionType:
         method.__code__, names, method.__name__, method.__defaults__, method.__closure__
     )
     copy.__kwdefaults__ = method.__kwdefaults__
-    return functools.update_wrapper(copy, method)
+    functools.update_wrapper(copy, method)
+    return copy
 
 
 for _name, _method in vars(AsyncSession).items():
