@@ -27,8 +27,10 @@ class Effort:
     """How long a run takes.
 
     Attributes:
-        rounds: of the sequential cases; the others have a quarter of them.
+        rounds: of the sequential cases. Many short ones: what disturbs the machine for a moment
+            disturbs few of them, and what does so for minutes disturbs all contenders alike.
         seconds: for which the hand-written code runs in each.
+        repeats: rounds of the other cases, which take longer.
         requests: after which the memory is looked at again.
         traced: requests whose memory is traced.
         levels: requests in flight in the case `growth`.
@@ -37,15 +39,16 @@ class Effort:
 
     rounds: int
     seconds: float
+    repeats: int
     requests: int
     traced: int
     levels: tuple[int, ...]
     machine: bool
 
 
-FULL = Effort(20, 0.15, 100_000, 100, (1, 10, 100, 500, 1000, 2000), machine=True)
-SHORT = Effort(6, 0.06, 10_000, 20, (1, 10, 100, 500, 2000), machine=False)
-QUICK = Effort(2, 0.02, 1_000, 8, (1, 500), machine=False)
+FULL = Effort(160, 0.02, 4, 100_000, 100, (1, 10, 100, 500, 1000, 2000), machine=True)
+SHORT = Effort(50, 0.015, 1, 10_000, 20, (1, 10, 100, 500, 2000), machine=False)
+QUICK = Effort(2, 0.02, 1, 1_000, 8, (1, 500), machine=False)
 EFFORTS = {"full": FULL, "short": SHORT, "quick": QUICK}
 
 
@@ -64,10 +67,10 @@ class Conditions:
         case: str,
         measure: Measure,
         concurrency: int = 1,
-        fewer: int = 1,
+        repeat: int | None = None,
     ) -> list[Row]:
-        """Measure, in `fewer` times fewer rounds than the sequential cases have."""
-        repeat = max(1, self.effort.rounds // fewer)
+        """Measure, in `repeat` rounds, or as many as there are of what takes long."""
+        repeat = repeat or self.effort.repeats
         await rounds(ready, measure, repeat=repeat, shuffle=self.shuffle)
         return rows(ready, case, self.database, concurrency)
 
@@ -96,22 +99,21 @@ def run(endpoint: str, count: int, concurrency: int = 1) -> Measure:
 async def sequential(ready: list[Entrant], case: str, conditions: Conditions) -> list[Row]:
     """One request after the other; the case has the endpoint's name."""
     count = await conditions.count(ready, case)
-    return await conditions.compare(ready, case, run(case, count))
+    return await conditions.compare(ready, case, run(case, count), repeat=conditions.effort.rounds)
 
 
 async def pool(ready: list[Entrant], case: str, conditions: Conditions) -> list[Row]:
     """Fifty times as many requests in flight as there are connections."""
     measure = run("select", IN_FLIGHT, IN_FLIGHT)
-    return await conditions.compare(ready, case, measure, IN_FLIGHT, fewer=4)
+    return await conditions.compare(ready, case, measure, IN_FLIGHT)
 
 
 async def growth(ready: list[Entrant], case: str, conditions: Conditions) -> list[Row]:
     """More and more requests in flight."""
-    count = await conditions.count(ready, "select")
     found = []
     for level in conditions.effort.levels:
-        measure = run("select", max(count, level), level)
-        found += await conditions.compare(ready, case, measure, level, fewer=6)
+        measure = run("select", max(100, level), level)
+        found += await conditions.compare(ready, case, measure, level)
     return found
 
 
@@ -132,7 +134,7 @@ async def memory(ready: list[Entrant], case: str, conditions: Conditions) -> lis
 
     found = []
     for endpoint in ("nothing", "select", "insert"):
-        found += await conditions.compare(ready, f"{case} {endpoint}", allocate(endpoint), fewer=10)
+        found += await conditions.compare(ready, f"{case} {endpoint}", allocate(endpoint))
     return found
 
 
@@ -159,7 +161,7 @@ async def sockets(ready: list[Entrant], case: str, conditions: Conditions) -> li
     for endpoint in ("nothing", "select", "insert"):
         count = max(8 * CONNECTIONS, await conditions.count(ready, endpoint))
         found += await conditions.compare(
-            ready, f"{case} {endpoint}", fire(endpoint, min(count, 2000)), fewer=4
+            ready, f"{case} {endpoint}", fire(endpoint, min(count, 2000))
         )
     return found
 

@@ -137,6 +137,7 @@ _PARTS = {
     "one task at a time": ("gate", "blocks", "beneath", "cursors", "turn", "managed"),
     "changes that a sibling would lose": ("lost_changes",),
     "COMMIT, whatever happens meanwhile": ("finish", "ending", "shield", "limit", "deferred"),
+    "greenlets that are used again": ("greenlets",),
     "fewer round trips and steps of threads": ("pipelined_begin", "aiosqlite_cursor"),
     "what the database really did": ("base", "postgresql", "mysql", "sqlite", "write_queue"),
 }

@@ -73,7 +73,8 @@ class Worker:
     ) -> dict[str, float]:
         """Run requests; the seconds of each, of all threads' CPU time and of the clock."""
         application, state = self._apps[app]
-        gc.collect()  # what others have left is not to be paid here
+        # The processors' caches were somebody else's.
+        await run_requests(application, endpoint, 3, 1, state)
         wall, cpu = time.perf_counter(), time.process_time()
         await run_requests(application, endpoint, count, concurrency, state)
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall

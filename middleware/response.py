@@ -89,8 +89,10 @@ class Response:
                 "its body, where no server accepts it.\n"
                 "Send one last http.response.body, and after it nothing but announced trailers."
             )
-        self._body_bytes += body_bytes(message)
-        if ends_body(message):  # nearly always, and the headers need not be read
+        body = message.get("body")
+        self._body_bytes += len(body) if type(body) is bytes else body_bytes(message)
+        # Nearly always the first of the two, and the headers need not be read.
+        if (kind == "http.response.body" and not message.get("more_body")) or ends_body(message):
             self.has_ended = True
             return COMPLETES
         announced = content_length(self.headers) if message.get("more_body") else None
