@@ -275,9 +275,9 @@ class SessionScope:
     def _use(self) -> None:
         """Make what requests without a database do not need; the caller holds the mutex."""
         if not self.is_used:
-            self.is_used = True
             self.callbacks = Callbacks()
             self.turn = Turn()
+            self.is_used = True  # at last: others look at it without the mutex
 
     def _savepoint(self, key: str | Database) -> Any:
         # The last flush happens when new work is refused already, but what listens to it, as
@@ -297,8 +297,6 @@ class SessionScope:
     @property
     def has_work(self) -> bool:
         """Whether there is anything to end, or anybody waits for the end."""
-        if not self.is_used:
-            return False
         return self.in_transaction or not self.callbacks.is_empty
 
     @property
