@@ -70,11 +70,11 @@ _OF_EFFORT = {
 
 
 def compared(results: Results) -> list[str]:
-    """CPU time and the clock, to the hand-written code of the same process."""
+    """CPU time and the clock, to the hand-written code of the same environment."""
     return _everywhere(
         results,
         "All of them",
-        "CPU time / clock, to the hand-written code in the same process. In brackets: inside the "
+        "CPU time / clock, to the hand-written code in the same environment. In brackets: inside the "
         "null, so no difference was found. †: answers before it commits.",
         lambda row: row.case if row.case in TITLES else None,
         lambda row: f"{ratio(row, 'cpu')} / {ratio(row, 'wall')}",

@@ -19,7 +19,7 @@ class Row:
         answers_first: it answers before it has committed.
         again: it is the second copy of the hand-written code.
         values: medians over the rounds, in seconds and bytes for one request.
-        ratios: of the values, to those of the hand-written code of the same process.
+        ratios: of the values, to those of the hand-written code of the same environment.
         null: the ratios of its second copy.
         error: why there is nothing else.
     """
