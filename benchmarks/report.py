@@ -74,8 +74,8 @@ def compared(results: Results) -> list[str]:
     return _everywhere(
         results,
         "All of them",
-        "CPU time / clock, to the hand-written code in the same environment. In brackets: inside the "
-        "null, so no difference was found. †: answers before it commits.",
+        "CPU time / clock, to the hand-written code in the same environment. In brackets: "
+        "inside the null, so no difference was found. †: answers before it commits.",
         lambda row: row.case if row.case in TITLES else None,
         lambda row: f"{ratio(row, 'cpu')} / {ratio(row, 'wall')}",
     )
