@@ -106,7 +106,7 @@ def arguments() -> argparse.Namespace:
     efforts = parser.add_mutually_exclusive_group()
     for effort, help_text in (
         ("quick", "does it work? measures little"),
-        ("short", "a quarter of an hour; the null says what the numbers are worth"),
+        ("short", "less than an hour; the null says what the numbers are worth"),
     ):
         efforts.add_argument(
             f"--{effort}", dest="effort", action="store_const", const=effort, help=help_text
