@@ -203,7 +203,7 @@ def test_they_end_with_their_thread() -> None:
 
     def alive() -> int:
         gc.collect()
-        return sum(isinstance(each, greenlet) for each in gc.get_objects())
+        return sum(issubclass(type(each), greenlet) for each in gc.get_objects())
 
     before = alive()
     for target in (lambda: asyncio.run(work()), by_hand) * 5:
