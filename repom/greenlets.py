@@ -20,6 +20,9 @@ from sqlalchemy.util import greenlet_spawn
 
 T = TypeVar("T")
 
+#: The greenlet that runs: a worker, or what has called one.
+_running: Callable[[], Any] = getcurrent
+
 #: Of one thread, those that wait for the next operation. There are seldom more operations at a
 #: time than connections, and each keeps the memory that it had (16 KiB and its part of the stack).
 MOST_IDLE = 32
@@ -53,10 +56,10 @@ def _work() -> None:
     # Nothing here may lead to the worker, or to what it has done before: one that waits for the
     # next operation is not seen by the garbage collector.
     while True:
-        function, args, kwargs = getcurrent().parent.switch()
-        getcurrent().result = function(*args, **kwargs)
+        function, args, kwargs = _running().parent.switch()
+        _running().result = function(*args, **kwargs)
         del function, args, kwargs
-        getcurrent().is_done = True
+        _running().is_done = True
 
 
 def _new_worker() -> _Worker:
@@ -72,7 +75,7 @@ async def spawn(
     """Run `function`, which waits by `await_only()`, as SQLAlchemy's `greenlet_spawn()` does."""
     if _require_await:
         return await greenlet_spawn(function, *args, _require_await=True, **kwargs)
-    here: Any = getcurrent()
+    here = _running()
     workers = _idle.workers
     worker: Any = workers.pop() if workers else _new_worker()
     worker.parent = here
