@@ -63,20 +63,14 @@ class Exchange:
         send: sends to the client.
     """
 
-    __slots__ = (
-        "_asgi_scope",
-        "_commit",
-        "_commit_on",
-        "_committed",
-        "_failure",
-        "_held",
-        "_last_sent",
-        "_progress",
-        "_response",
-        "_send",
-        "_turn",
-        "_unit",
-    )
+    # What most requests do not need is set when it is needed.
+    #: Whether the response commits, by the policy.
+    _commit = False
+    #: What the client is not to have before the app has read its cursor.
+    _held: Message | None = None
+    #: Whether there was a COMMIT, and the type of what has left last, if anything since.
+    _committed = False
+    _last_sent = ""
 
     def __init__(
         self, unit: SessionScope, commit_on: CommitOn, asgi_scope: Scope, send: Send
@@ -85,17 +79,11 @@ class Exchange:
         self._commit_on = commit_on
         self._asgi_scope = asgi_scope
         self._send = send
-        self._response = Response(unit.label, asgi_scope["method"])
         self._progress = NOTHING
+        #: What the app sends, from its start on.
+        self._response: Response | None = None
         #: Made with the first message that may have to wait for something.
         self._turn: Turn | None = None
-        #: Whether the response commits, by the policy.
-        self._commit = False
-        #: What the client is not to have before the app has read its cursor.
-        self._held: Message | None = None
-        #: Whether there was a COMMIT, and the type of what has left last, if anything since.
-        self._committed = False
-        self._last_sent = ""
         #: The error of the COMMIT that failed, until an error response has started.
         self._failure: Exception | None = None
 
@@ -113,7 +101,7 @@ class Exchange:
                         # A task is about to answer, though the app that started it has ended.
                         # What it answers is being committed, and whoever is outside answers
                         # otherwise.
-                        await run_to_end(_wait_for(turn), limit=unit.end_timeout)
+                        await run_to_end(_wait_for(turn), limit=unit.options.end_timeout)
             except Exception as error:
                 if self._failure is None:
                     raise
@@ -135,25 +123,25 @@ class Exchange:
                 await self._finish(complete=complete)
         finally:
             unit.leave()
-            # Its traceback leads back here. Without this the request would wait, with all that
-            # its frames hold, for the garbage collector.
-            self._failure = None
-            self._held = None
-            if self._committed and self._last_sent == "http.response.start":
-                await self._begin_body()
+            if unit.is_used:
+                # Its traceback leads back here. Without this the request would wait, with all
+                # that its frames hold, for the garbage collector.
+                self._failure = None
+                self._held = None
+                if self._committed and self._last_sent == "http.response.start":
+                    await self._begin_body()
 
     async def send(self, message: Message) -> None:
         """The `send` of the app."""
         unit = self._unit
-        ends = unit.is_used and unit.has_work
+        is_used = unit.is_used
+        ends = is_used and unit.has_work
         # Nothing to end, now or before: the usual end of a body, and requests without a session.
-        if not ends and (not unit.is_used or self._is_settled()):
-            step = self._take(message, ends=False)
-            if step is COMPLETES:
-                self._progress = COMPLETE
-            elif step is not BEFORE:
-                self._progress = STARTED
-            if self._committed:
+        if not ends and (not is_used or self._is_settled()):
+            step = self._take(message, False)
+            if step is not BEFORE:
+                self._progress = COMPLETE if step is COMPLETES else STARTED
+            if is_used and self._committed:
                 await self._send_next(message)
             else:
                 await self._send(message)
@@ -175,7 +163,7 @@ class Exchange:
         if self._committed and (self._held or message)["type"] == "http.response.start":
             # It tells of a COMMIT. Cancelled while the connection is congested, it would be lost,
             # and the server would answer with an error.
-            await run_to_end(self._send_due(message), limit=unit.end_timeout)
+            await run_to_end(self._send_due(message), limit=unit.options.end_timeout)
         else:
             await self._send_due(message)
 
@@ -184,7 +172,7 @@ class Exchange:
         turn = self._turn
         return turn is None or (not turn.is_taken and self._held is None and self._failure is None)
 
-    def _take(self, message: Message, *, ends: bool) -> Step:
+    def _take(self, message: Message, ends: bool) -> Step:
         """Take the next message; raise if the client must not have it.
 
         Args:
@@ -196,20 +184,21 @@ class Exchange:
                 "returned.\n"
                 "What was not committed then has been rolled back. Await the tasks that respond."
             )
-        if self._failure is not None and not self._may_follow_failure(message):
-            raise self._failure
-        step = self._response.take(message)
-        try:
-            if step is STARTS:
-                self._commit = self._commit_on(self._response.status, self._asgi_scope)
+        response = self._response
+        if response is not None:
+            step = response.take(message)
             if ends and self._commit:
-                self._response.check(message, step)
-        except Exception:
-            if step is STARTS:  # it has not, for anybody
-                self._commit = False
-                self._forget_response()
-            raise
-        return step
+                response.check(message, step)
+            return step
+        if message["type"] != "http.response.start":
+            return BEFORE
+        response = Response(message, self._unit.label, self._asgi_scope["method"])
+        commit = self._commit_on(response.status, self._asgi_scope)
+        if ends and commit:
+            response.check(message, STARTS)
+        # Not before: what is refused has not started, for anybody.
+        self._response, self._commit = response, commit
+        return STARTS
 
     # --- ending
 
@@ -219,11 +208,14 @@ class Exchange:
         Returns:
             Whether it is to leave now, with what was held before it.
         """
-        step = self._take(message, ends=ends)
+        if self._failure is not None and not self._may_follow_failure(message):
+            raise self._failure
+        step = self._take(message, ends)
         if step is BEFORE or step is CONTINUES:
             # What comes while something is held is for a client that has nothing more to get.
             return self._held is None
         reached = COMPLETE if step is COMPLETES else STARTED
+        assert self._response is not None
         if self._response.has_ended or not self._unit.has_open_cursor:
             if await self._end_with(message, reached):
                 return False
@@ -277,9 +269,6 @@ class Exchange:
         self._committed = commit
         return has_left
 
-    def _forget_response(self) -> None:
-        self._response = Response(self._unit.label, self._asgi_scope["method"])
-
     async def _send_due(self, message: Message) -> None:
         """Send what was held, and then `message`."""
         if self._held is not None:
@@ -322,7 +311,7 @@ class Exchange:
         self._failure = error
         self._held = None
         if self._progress is NOTHING:
-            self._forget_response()  # the next one may be an error
+            self._response = None  # the next one may be an error
         self._log_failure(error)
 
     def _log_failure(self, error: Exception) -> None:
@@ -344,7 +333,7 @@ class Exchange:
     async def _send_to_end(self, message: Message) -> None:
         """Send what tells of a COMMIT, although the request was cancelled, or has failed."""
         try:
-            await run_to_end(self._send_due(message), limit=self._unit.end_timeout)
+            await run_to_end(self._send_due(message), limit=self._unit.options.end_timeout)
         except Exception:
             # The client is gone, or does not listen. What has ended the request counts.
             logger.debug("the response of %s was not sent", self._unit.label, exc_info=True)

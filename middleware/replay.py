@@ -172,10 +172,10 @@ class _Attempt(Exchange):
 
     # --- an attempt has lost
 
-    def _take(self, message: Message, *, ends: bool) -> Step:
+    def _take(self, message: Message, ends: bool) -> Step:
         if self._lost is not None:
             raise self._lost
-        step = super()._take(message, ends=ends)
+        step = super()._take(message, ends)
         if step is STARTS and not self._commit and self._is_repeatable:
             self._lost = self._conflict_behind(None)
             if self._lost is not None:

@@ -35,32 +35,27 @@ class Response:
     """One response, as the application sends it.
 
     Args:
+        start: its first message.
         label: the request, for errors.
         method: of the request; no body is sent for HEAD.
 
     Attributes:
-        status: once it has started, like the headers.
+        status: what the start says, like the headers.
         has_ended: whether the app has sent the last of the body. The client may have had all
             that was announced before.
     """
 
-    __slots__ = (
-        "_body_bytes",
-        "_is_started",
-        "_label",
-        "_method",
-        "has_ended",
-        "headers",
-        "status",
-    )
+    __slots__ = ("_body_bytes", "_label", "_method", "has_ended", "headers", "status")
 
-    def __init__(self, label: object, method: str) -> None:
+    def __init__(self, start: Message, label: object, method: str) -> None:
         self._label = label
         self._method = method
-        self.status = 0
-        self.headers: Headers = ()
+        self.status: int = start["status"]
+        headers = start.get("headers", ())
+        if not isinstance(headers, (list, tuple)):  # an iterator is read only once
+            headers = start["headers"] = list(headers)
+        self.headers: Headers = headers
         self.has_ended = False
-        self._is_started = False
         self._body_bytes: float = 0
 
     def take(self, message: Message) -> Step:
@@ -72,17 +67,7 @@ class Response:
         """
         kind = message["type"]
         if kind == "http.response.start":
-            if self._is_started:
-                raise self._second()
-            self._is_started = True
-            self.status = message["status"]
-            headers = message.get("headers", ())
-            if not isinstance(headers, (list, tuple)):  # an iterator is read only once
-                headers = message["headers"] = list(headers)
-            self.headers = headers
-            return STARTS
-        if not self._is_started:
-            return BEFORE
+            raise self._second()
         if self.has_ended is not (kind == "http.response.trailers"):
             raise InvalidResponseError(
                 f"{self._label} sent {kind} {'after' if self.has_ended else 'before'} the end of "

@@ -39,13 +39,11 @@ from repom.middleware.versions import refuse_old_frameworks_of
 from repom.own_writes import own_writes as writes_here
 from repom.registry import Databases, as_databases
 from repom.retry import Attempts, RetryOn
-from repom.scope import END_TIMEOUT, SessionScope
+from repom.scope import SessionScope
+from repom.scope_options import END_TIMEOUT, ScopeOptions
 
 #: Bytes: 1 MiB, more than nearly every form and JSON document.
 RETRY_BODY_LIMIT = 1024 * 1024
-
-_SAFE = BeginOptions("DEFERRED")
-_UNSAFE = BeginOptions("IMMEDIATE")
 
 
 class DatabaseSessionMiddleware:
@@ -186,21 +184,36 @@ class DatabaseSessionMiddleware:
                 scope.pop(SCOPE_KEY, None)
 
     def _exchange_for(self, scope: Scope, send: Send) -> Exchange | Replay:
-        begin = _SAFE if scope["method"] in SAFE_METHODS else _UNSAFE
+        options = self._safe if scope["method"] in SAFE_METHODS else self._unsafe
         if self.read_only:
-            begin = self._reading(scope) or begin
-        unit = SessionScope(
-            self._chosen_for(scope) if self._is_per_request else self.databases,
-            label=Label(scope),
-            begin=begin,
-            inner_commits=self.inner_commits,
-            end_timeout=self.end_timeout,
-        )
-        if self.two_phase and not begin.read_only:
-            unit.branches = Branches(unit.databases)
+            options = self._reading(scope) or options
+        if self._is_per_request:
+            options = options._replace(databases=self._chosen_for(scope))
+        unit = SessionScope(options, Label(scope))
+        if self.two_phase and not options.begin.read_only:
+            unit.branches = Branches(options.databases)
         scope[SCOPE_KEY] = unit
         exchange: Exchange | Replay = self._exchange(unit, self.commit_on, scope, send)
         return exchange
+
+    def _options(self, begin: BeginOptions) -> ScopeOptions:
+        return ScopeOptions(self.databases, begin, self.inner_commits, self.end_timeout)
+
+    @cached_property
+    def _safe(self) -> ScopeOptions:
+        return self._options(BeginOptions("DEFERRED"))
+
+    @cached_property
+    def _unsafe(self) -> ScopeOptions:
+        return self._options(BeginOptions("IMMEDIATE"))
+
+    @cached_property
+    def _read_only(self) -> ScopeOptions:
+        return self._options(BeginOptions(read_only=True))
+
+    @cached_property
+    def _snapshot(self) -> ScopeOptions:
+        return self._options(BeginOptions(read_only="snapshot"))
 
     async def _serve_knowing(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a client that tells what it has written before, and is told what it has now."""
@@ -213,12 +226,14 @@ class DatabaseSessionMiddleware:
         finally:
             writes_here.reset(token)
 
-    def _reading(self, scope: Scope) -> BeginOptions | None:
-        """How a request begins that only reads; None if it may write."""
+    def _reading(self, scope: Scope) -> ScopeOptions | None:
+        """How a request is served that only reads; None if it may write."""
         read_only = self.read_only
         if callable(read_only):
             read_only = checked_read_only(read_only(scope))
-        return BeginOptions(read_only=read_only) if read_only else None
+        if not read_only:
+            return None
+        return self._snapshot if read_only == "snapshot" else self._read_only
 
     async def _connect(self, scope: Scope, receive: Receive, send: Send) -> None:
         place = self._websocket

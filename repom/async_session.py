@@ -107,6 +107,6 @@ class _AsyncUnit:
             scope.leave()
             deferred.end_later(
                 finish.finish(scope, commit=commit and not scope.is_rollback_only),
-                limit=2 * scope.end_timeout,  # the end, and as long again for its callbacks
+                limit=2 * scope.options.end_timeout,  # the end, and as long again for its callbacks
                 label="get_async_db_session()",
             )

@@ -48,7 +48,7 @@ async def end(
     callbacks = scope.callbacks
     try:
         if scope.in_transaction:
-            await run_to_end(_end(scope, commit, finishing, then), limit=scope.end_timeout)
+            await run_to_end(_end(scope, commit, finishing, then), limit=scope.options.end_timeout)
         elif callbacks.is_empty:
             return
         else:
@@ -74,7 +74,7 @@ async def finish(scope: SessionScope, *, commit: bool) -> None:
         try:
             # A sibling that was let in before may have begun something since.
             if not scope.is_quiet:
-                await run_to_end(_close(scope), limit=scope.end_timeout)
+                await run_to_end(_close(scope), limit=scope.options.end_timeout)
         finally:
             _closed(scope)
 

@@ -21,7 +21,7 @@ from repom.database import Database
 from repom.ending import Action, Step, Steps
 from repom.errors import CommitOutcomeUnknown, TransactionError
 from repom.gate import Gate, TaskGate, ThreadGate
-from repom.greenlets import spawn, spawning_class
+from repom.greenlets import ENDS, spawn, spawning_class
 from repom.managed import InnerCommits, ManagedSession, managed_class
 from repom.read_only import read_only_class
 from repom.reader_session import RoutedSession, reader_class, writer_class
@@ -127,7 +127,7 @@ class AsyncParticipant(Participant):
         self._manage(TaskGate(), inner_commits, callbacks, label)
 
     def performing(self, action: Action) -> Coroutine[Any, Any, None]:
-        return spawn(self.sync_session.end, action)
+        return spawn(self.sync_session.end, action, _idle=ENDS)
 
 
 class SyncParticipant(Participant):

@@ -14,7 +14,6 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from repom import finish
-from repom.begin import BeginOptions
 from repom.branches import Branches
 from repom.callbacks import NONE_REGISTERED, Callback, Callbacks
 from repom.context import Surroundings, surroundings
@@ -26,16 +25,16 @@ from repom.errors import (
     WrongThreadError,
 )
 from repom.gate import scope_closed
-from repom.managed import InnerCommits
 from repom.observer import IGNORING, Observer, committing_apart
 from repom.participant import AsyncParticipant, Participant, SyncParticipant
 from repom.registry import DEFAULT, Databases
+from repom.scope_options import ScopeOptions
 from repom.turn import Turn
 
-#: Seconds that the end of a unit of work may take before its connections are closed.
-END_TIMEOUT = 30.0
-
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
+
+#: Held while a unit of work is used for the first time, and never for longer than that takes.
+_first_use = threading.Lock()
 
 _P = TypeVar("_P", AsyncParticipant, SyncParticipant)
 
@@ -56,81 +55,44 @@ class SessionScope:
     Made by its owner: the middleware, `session_scope()`, or a generator dependency outside of
     both. Application code gets it by `current_scope()`.
 
+    Args:
+        options: how it is made.
+        label: what it is, for logs: its `str()` is "POST /articles", or a name.
+
     Attributes:
-        label: what the unit of work is, for logs: its `str()` is "POST /articles", or a name.
         parent: the scope inside which this one was opened, if any.
         observer: who has to know what the database says in it, if anybody.
-        is_sync: whether sync code ends it, which cannot await the end of an `AsyncSession`.
+        branches: those of a unit of work that ends by a two-phase commit; set by its owner.
+        attempt: how often the work was begun, this time included: more than 1 if it has lost a
+            conflict and is repeated.
         is_used: whether it was ever asked for a session or a callback.
         callbacks: what waits for the end of the transaction.
         turn: held while transactions are ended; of one that is used.
         participants: what takes part in it, in the order in which it is to commit.
-        attempt: how often the work was begun, this time included: more than 1 if it has lost a
-            conflict and is repeated.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_async_sessions",
-        "_begin",
-        "_inner_commits",
-        "_loop",
-        "_mutex",
-        "_participants",
-        "_rollback_only",
-        "_state",
-        "_sync_sessions",
-        "_token",
-        "attempt",
-        "branches",
-        "callbacks",
-        "databases",
-        "end_timeout",
-        "is_sync",
-        "is_used",
-        "label",
-        "observer",
-        "parent",
-        "participants",
-        "turn",
-    )
+    # Most requests need little of this. It is set when it is needed, and not for each of them.
+    parent: Surroundings | None = None
+    observer: Observer | None = None
+    branches: Branches | None = None
+    attempt = 1
+    callbacks: Callbacks = NONE_REGISTERED
+    turn: Turn
+    participants: tuple[Participant, ...] = ()
+    _mutex: threading.Lock
+    _participants: Mapping[Database, Participant] = _NOTHING
+    # By what was asked for, so that `current_session()` is one look-up.
+    _async_sessions: Mapping[str | Database, AsyncSession] = _NOTHING
+    _sync_sessions: Mapping[str | Database, Session] = _NOTHING
+    _loop: asyncio.AbstractEventLoop | None = None
+    _rollback_only = False
+    _state = OPEN
+    _token: Token[Surroundings | None] | None = None
 
-    def __init__(
-        self,
-        databases: Databases,
-        *,
-        label: object,
-        begin: BeginOptions,
-        inner_commits: InnerCommits = "defer",
-        end_timeout: float = END_TIMEOUT,
-        is_sync: bool = False,
-        attempt: int = 1,
-    ) -> None:
+    def __init__(self, options: ScopeOptions, label: object) -> None:
+        self.options = options
         self.label = label
-        self.databases = databases
-        self.end_timeout = end_timeout
-        self.is_sync = is_sync
-        self.attempt = attempt
-        self._begin = begin
-        self._inner_commits: InnerCommits = inner_commits
-        self._mutex = threading.Lock()  # threads of one request may ask at the same time
-        self._state = OPEN
-        self._rollback_only = False
-        self.parent: Surroundings | None = None
-        self._token: Token[Surroundings | None] | None = None
-        self.observer: Observer | None = None
-        #: Of a unit of work that ends by a two-phase commit; set by its owner.
-        self.branches: Branches | None = None
-        # Most requests need little of this, so it is made when it is needed.
         self.is_used = False
-        self.participants: tuple[Participant, ...] = ()
-        self._participants: Mapping[Database, Participant] = _NOTHING
-        self.callbacks: Callbacks = NONE_REGISTERED
-        self.turn: Turn
-        self._loop: asyncio.AbstractEventLoop | None = None
-        # By what was asked for, so that `current_session()` is one look-up.
-        self._async_sessions: Mapping[str | Database, AsyncSession] = _NOTHING
-        self._sync_sessions: Mapping[str | Database, Session] = _NOTHING
 
     def __repr__(self) -> str:
         return f"<SessionScope {self.label} ({self._state.value})>"
@@ -148,6 +110,11 @@ class SessionScope:
         """The scope's `Session`; see `current_sync_session`."""
         session = self._sync_sessions.get(database)
         return session if session is not None else self._open_sync(database)
+
+    @property
+    def databases(self) -> Databases:
+        """What its sessions are found by."""
+        return self.options.databases
 
     @property
     def in_transaction(self) -> bool:
@@ -202,14 +169,12 @@ class SessionScope:
 
     def on_commit(self, callback: Callback, database: str | Database = DEFAULT) -> None:
         """See `repom.on_commit`."""
-        with self._mutex:
-            self._use()
+        self._use()
         self.callbacks.on_commit(callback, self._savepoint(database))
 
     def on_rollback(self, callback: Callback, database: str | Database = DEFAULT) -> None:
         """See `repom.on_rollback`."""
-        with self._mutex:
-            self._use()
+        self._use()
         self.callbacks.on_rollback(callback, self._savepoint(database))
 
     # --- opening sessions
@@ -223,7 +188,7 @@ class SessionScope:
                 "Use current_sync_session() in `def` endpoints and threads."
             )
         self._refuse_if_over()
-        if self.is_sync:
+        if self.options.is_sync:
             raise MixedSessionsError(
                 f"current_session() was called inside {self.label}, whose end cannot await that "
                 "of an AsyncSession.\n"
@@ -246,15 +211,16 @@ class SessionScope:
         return participant.session
 
     def _participant(self, key: str | Database, kind: type[_P]) -> _P:
-        database = self.databases[key]
+        options = self.options
+        database = options.databases[key]
+        self._use()
         with self._mutex:
             self._refuse_if_over()  # a thread may have come here just before the end
-            self._use()
             found = self._participants.get(database)
             if found is None:
                 name = key if isinstance(key, str) else repr(key)
                 found = kind(
-                    name, database, self._begin, self._inner_commits, self.callbacks, self.label
+                    name, database, options.begin, options.inner_commits, self.callbacks, self.label
                 )
                 # What a test commits, it rolls back in the end.
                 if self.branches is not None and database.stand_in is None:
@@ -273,25 +239,28 @@ class SessionScope:
         return found
 
     def _use(self) -> None:
-        """Make what requests without a database do not need; the caller holds the mutex."""
+        """Make what requests without a database do not need."""
         if not self.is_used:
-            self.callbacks = Callbacks()
-            self.turn = Turn()
-            self.is_used = True  # at last: others look at it without the mutex
+            with _first_use:  # threads of one request may ask at the same time
+                if not self.is_used:
+                    self._mutex = threading.Lock()
+                    self.callbacks = Callbacks()
+                    self.turn = Turn()
+                    self.is_used = True  # at last: others look at it without the lock
 
     def _savepoint(self, key: str | Database) -> Any:
         # The last flush happens when new work is refused already, but what listens to it, as
         # "after_insert" does, is a part of the end.
         if not any(participant.gate.is_mine for participant in self.participants):
             self._refuse_if_over()
-        participant = self._participants.get(self.databases[key])
+        participant = self._participants.get(self.options.databases[key])
         return participant and participant.gate.blocks.savepoint_here
 
     # --- for the owner: see `repom.finish`
 
     def _in_order(self) -> tuple[Participant, ...]:
         opened = self._participants
-        given = [database for _, database in self.databases.items() if database in opened]
+        given = [database for _, database in self.options.databases.items() if database in opened]
         return tuple(opened[database] for database in dict.fromkeys((*given, *opened)))
 
     @property
@@ -302,7 +271,7 @@ class SessionScope:
     @property
     def has_effects(self) -> bool:
         """Whether a commit may change anything, or somebody waits for it."""
-        return self.has_work and not (self._begin.read_only and self.callbacks.is_empty)
+        return self.has_work and not (self.options.begin.read_only and self.callbacks.is_empty)
 
     @property
     def is_quiet(self) -> bool:
@@ -347,47 +316,35 @@ class SessionScope:
         Returns:
             Whether there is any. A scope that nobody has asked for anything is closed.
         """
+        # In this order: who uses it for the first time says so before it looks at the state.
+        self._state = ENDING
+        if not self.is_used:
+            self._state = CLOSED
+            return False
         with self._mutex:
-            if not self.is_used:
-                self._state = CLOSED
-                return False
-            self._state = ENDING
             for participant in self.participants:
                 participant.gate.closed = True
-            return True
+        return True
 
     def for_callback(self, *, is_sync: bool = False) -> SessionScope:
         """A unit of work for one callback: all as here, but a transaction of its own.
 
         So a callback neither ends what siblings have begun since, nor lets them in again.
         """
-        unit = SessionScope(
-            self.databases,
-            label=f"a callback of {self.label}",
-            begin=self._begin,
-            inner_commits=self._inner_commits,
-            end_timeout=self.end_timeout,
-            is_sync=is_sync,
-        )
+        options = self.options._replace(is_sync=is_sync)
+        unit = SessionScope(options, f"a callback of {self.label}")
         unit.observer = IGNORING  # the work that waits for the end has ended
         return self._alike(unit)
 
     def again(self) -> SessionScope:
         """A unit of work for another attempt at what this one has lost."""
-        unit = SessionScope(
-            self.databases,
-            label=self.label,
-            begin=self._begin,
-            inner_commits=self._inner_commits,
-            end_timeout=self.end_timeout,
-            is_sync=self.is_sync,
-            attempt=self.attempt + 1,
-        )
+        unit = SessionScope(self.options, self.label)
+        unit.attempt = self.attempt + 1
         return self._alike(unit)
 
     def _alike(self, unit: SessionScope) -> SessionScope:
         if self.branches is not None:
-            unit.branches = Branches(self.databases)
+            unit.branches = Branches(self.options.databases)
         return unit
 
     def closed(self) -> None:

@@ -26,7 +26,8 @@ from repom.dialects import Begin
 from repom.managed import InnerCommits
 from repom.observer import committing_apart
 from repom.retry import Attempts, RetryOn
-from repom.scope import END_TIMEOUT, SessionScope
+from repom.scope import SessionScope
+from repom.scope_options import END_TIMEOUT, ScopeOptions
 
 R = TypeVar("R")
 
@@ -49,17 +50,13 @@ def new_scope(
     begin = BeginOptions(sqlite_begin, isolation_level)
     if read_only:
         begin = _read_only_begin(read_only, isolation_level)
+    databases = databases_here().overlaid(database)
     scope = SessionScope(
-        databases_here().overlaid(database),
-        label=label,
-        begin=begin,
-        inner_commits=inner_commits,
-        end_timeout=end_timeout,
-        is_sync=is_sync,
-        attempt=attempt,
+        ScopeOptions(databases, begin, inner_commits, end_timeout, is_sync=is_sync), label
     )
+    scope.attempt = attempt
     if two_phase and not read_only:
-        scope.branches = Branches(scope.databases)
+        scope.branches = Branches(databases)
     return scope
 
 

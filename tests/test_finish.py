@@ -544,7 +544,7 @@ async def test_cancelled_after_commit_tells_what_was_not_run(
 def scope_of(**given: Database) -> Iterator[SessionScope]:
     """A scope that knows databases by name, as the middleware makes it."""
     scope = new_scope()
-    scope.databases = Databases(given)
+    scope.options = scope.options._replace(databases=Databases(given))
     scope.enter()
     yield scope
     scope.leave()

@@ -193,7 +193,8 @@ async def test_thread_that_asks_in_the_moment_of_the_end(sqlite: Database) -> No
             return super().__getitem__(database)
 
     async with session_scope():
-        current_scope().databases = SlowDatabases({"default": sqlite})
+        scope = current_scope()
+        scope.options = scope.options._replace(databases=SlowDatabases({"default": sqlite}))
         asking = asyncio.create_task(asyncio.to_thread(current_sync_session))
         await asyncio.to_thread(looks_up.wait)
     ended.set()
