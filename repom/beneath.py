@@ -31,21 +31,48 @@ from repom.observer import committing_apart
 T = TypeVar("T")
 
 
+def through_the_gate(method: Callable[..., Any]) -> Callable[..., Any]:
+    """An operation of a session as one that waits for the caller's turn to use it."""
+
+    @functools.wraps(method)
+    def operation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        entered = _enter(self)
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            if entered:
+                _leave(self)
+
+    return operation
+
+
 def inside(session: Any, method: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """Call `method` when it is the caller's turn to use the session."""
-    gate: Gate = session.repom_gate
-    if not gate.enter():
-        return method(*args, **kwargs)
+    entered = _enter(session)
     try:
-        if deferred.pending:
-            wait_for_deferred(session)
-            gate.refuse_if_over()  # the scope may have ended meanwhile
         return method(*args, **kwargs)
     finally:
-        _leave(session, gate)
+        if entered:
+            _leave(session)
 
 
-def _leave(session: Any, gate: Gate) -> None:
+def _enter(session: Any) -> bool:
+    """Wait until it is the caller's turn; False if it is inside already, and is not to leave."""
+    gate: Gate = session.repom_gate
+    if not gate.enter():
+        return False
+    if deferred.pending:
+        try:
+            wait_for_deferred(session)
+            gate.refuse_if_over()  # the scope may have ended meanwhile
+        except BaseException:
+            _leave(session)
+            raise
+    return True
+
+
+def _leave(session: Any) -> None:
+    gate: Gate = session.repom_gate
     if not session.repom_abandoned:
         gate.leave()
         return
@@ -98,30 +125,39 @@ def manage_connection(connection: Any, session: Any) -> None:
 def _operation(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def operation(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if args:
-            _refuse_by_hand(self, args[0])
         session = self.repom_session
-        if session.repom_gate.is_nested:  # nearly always: by an operation of the session
+        # Nearly always it is called by an operation of the session, which is inside.
+        entered = not session.repom_gate.is_nested and _enter(session)
+        try:
             return method(self, *args, **kwargs)
-        return inside(session, method, self, *args, **kwargs)
+        finally:
+            if entered:
+                _leave(session)
 
     return operation
 
 
 def _execution(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
-    def execute(self: Any, *args: Any, **kwargs: Any) -> Any:
-        cursors: Cursors = self.repom_session.repom_cursors
-        cursors.make_way(args[0] if args else None, self.dialect)
-        result = method(self, *args, **kwargs)
-        if isinstance(result, CursorResult) and not result._soft_closed:
-            cursors.watch(result)
-            strategy = result.cursor_strategy
-            if type(strategy) is BufferedRowCursorFetchStrategy:
-                strategy.__class__ = _Rows
-        return result
+    def execution(self: Any, statement: Any, *args: Any, **kwargs: Any) -> Any:
+        _refuse_by_hand(self, statement)
+        session = self.repom_session
+        entered = not session.repom_gate.is_nested and _enter(session)
+        try:
+            cursors: Cursors = session.repom_cursors
+            cursors.make_way(statement, self.dialect)
+            result = method(self, statement, *args, **kwargs)
+            if isinstance(result, CursorResult) and not result._soft_closed:
+                cursors.watch(result)
+                strategy = result.cursor_strategy
+                if type(strategy) is BufferedRowCursorFetchStrategy:
+                    strategy.__class__ = _Rows
+            return result
+        finally:
+            if entered:
+                _leave(session)
 
-    return execute
+    return execution
 
 
 def _end_of_transaction(method: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -162,7 +198,7 @@ def _begin_nested(self: Any) -> NestedTransaction:
 _MANAGED: dict[str, Any] = {
     "repom_is_managed": True,
     **{name: _operation(getattr(Connection, name)) for name in _OPERATIONS},
-    **{name: _operation(_execution(getattr(Connection, name))) for name in _EXECUTIONS},
+    **{name: _execution(getattr(Connection, name)) for name in _EXECUTIONS},
     "begin_nested": _begin_nested,
     "commit": _operation(_commit),
     # Whoever ends it: the owner, `session.rollback()`, a `commit()` that is allowed.
@@ -258,7 +294,7 @@ def _leaving(method: Callable[..., Any], *, undoing: bool) -> Callable[..., Any]
             try:
                 return method(self, *args, **kwargs)
             finally:
-                _leave(session, gate)
+                _leave(session)
         except BaseException:
             if undoing and self.is_active:
                 doom(

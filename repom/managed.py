@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from sqlalchemy import event
@@ -27,6 +27,7 @@ from repom.beneath import (
     commit_forbidden,
     inside,
     manage_connection,
+    through_the_gate,
     wait_for_deferred,
 )
 from repom.blocks import Visitor
@@ -213,17 +214,9 @@ class ManagedSession(Watching, Session):
             flush_began(self)
 
 
-def _through_the_gate(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def operation(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return inside(self, method, self, *args, **kwargs)
-
-    return operation
-
-
 for _name in _OPERATIONS:
     if hasattr(Session, _name):
-        setattr(ManagedSession, _name, _through_the_gate(getattr(Session, _name)))
+        setattr(ManagedSession, _name, through_the_gate(getattr(Session, _name)))
 
 _managed: dict[type[Session], type[ManagedSession]] = {}
 

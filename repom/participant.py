@@ -39,10 +39,12 @@ class Participant:
 
     Attributes:
         name: what the database was asked for by, for messages.
+        database: where it works.
         sync_session: the `Session` that does the work, also of an `AsyncSession`.
     """
 
     name: str
+    database: Database
     sync_session: Any  # an instance of managed_class(...)
     gate: Gate
 
@@ -115,6 +117,7 @@ class AsyncParticipant(Participant):
         label: object,
     ) -> None:
         self.name = name
+        self.database = database
         kwargs = database.session_kwargs
         base = kwargs.get("sync_session_class") or database.session_class.sync_session_class
         self.session: AsyncSession = spawning_class(database.session_class)(
@@ -143,6 +146,7 @@ class SyncParticipant(Participant):
         label: object,
     ) -> None:
         self.name = name
+        self.database = database
         base = database.sync_session_class
         managed = _class_for(base, begin, database)
         self.session: Session = managed(database.sync_bind(begin), **database.session_kwargs)

@@ -80,7 +80,6 @@ class SessionScope:
     turn: Turn
     participants: tuple[Participant, ...] = ()
     _mutex: threading.Lock
-    _participants: Mapping[Database, Participant] = _NOTHING
     # By what was asked for, so that `current_session()` is one look-up.
     _async_sessions: Mapping[str | Database, AsyncSession] = _NOTHING
     _sync_sessions: Mapping[str | Database, Session] = _NOTHING
@@ -216,7 +215,7 @@ class SessionScope:
         self._use()
         with self._mutex:
             self._refuse_if_over()  # a thread may have come here just before the end
-            found = self._participants.get(database)
+            found = self._taking_part(database)
             if found is None:
                 name = key if isinstance(key, str) else repr(key)
                 found = kind(
@@ -225,8 +224,7 @@ class SessionScope:
                 # What a test commits, it rolls back in the end.
                 if self.branches is not None and database.stand_in is None:
                     self.branches.take_part(found.sync_session, database)
-                self._participants = {**self._participants, database: found}
-                self.participants = self._in_order() if self.participants else (found,)
+                self.participants = self._in_order((*self.participants, found))
         if not isinstance(found, kind):
             used, asked = "current_sync_session()", "current_session()"
             if kind is SyncParticipant:
@@ -253,15 +251,23 @@ class SessionScope:
         # "after_insert" does, is a part of the end.
         if not any(participant.gate.is_mine for participant in self.participants):
             self._refuse_if_over()
-        participant = self._participants.get(self.options.databases[key])
+        participant = self._taking_part(self.options.databases[key])
         return participant and participant.gate.blocks.savepoint_here
 
     # --- for the owner: see `repom.finish`
 
-    def _in_order(self) -> tuple[Participant, ...]:
-        opened = self._participants
-        given = [database for _, database in self.options.databases.items() if database in opened]
-        return tuple(opened[database] for database in dict.fromkeys((*given, *opened)))
+    def _in_order(self, opened: tuple[Participant, ...]) -> tuple[Participant, ...]:
+        if len(opened) == 1:
+            return opened
+        given = list(dict.fromkeys(database for _, database in self.options.databases.items()))
+        places = {database: place for place, database in enumerate(given)}
+        return tuple(sorted(opened, key=lambda each: places.get(each.database, len(given))))
+
+    def _taking_part(self, database: Database) -> Participant | None:
+        for participant in self.participants:
+            if participant.database is database:
+                return participant
+        return None
 
     @property
     def has_work(self) -> bool:
@@ -354,7 +360,7 @@ class SessionScope:
         were opened in it: each has a copy of the context.
         """
         self._state = CLOSED
-        self._participants = self._async_sessions = self._sync_sessions = _NOTHING
+        self._async_sessions = self._sync_sessions = _NOTHING
         self.participants = ()
 
     def _refuse_if_over(self) -> None:

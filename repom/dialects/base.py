@@ -158,10 +158,12 @@ class Support:
         # statement. Nor `do_connect`, where the first listener to connect keeps others out,
         # those that fetch a password for instance.
         dialect: Any = engine.dialect
+        begin, commit, rollback = dialect.do_begin, dialect.do_commit, dialect.do_rollback
         dialect.connect = partial(self._connect, dialect.connect)
-        dialect.do_begin = partial(self._begin, dialect.do_begin)
-        dialect.do_commit = partial(self.commit, dialect.do_commit)
-        dialect.do_rollback = partial(self._rollback, dialect.do_rollback)
+        # No `partial`: each lets Python begin its loop anew, on a greenlet's stack that is copied.
+        dialect.do_begin = lambda connection: self._begin(begin, connection)
+        dialect.do_commit = lambda connection: self.commit(commit, connection)
+        dialect.do_rollback = lambda connection: self._rollback(rollback, connection)
         self.watch(engine)
 
     def watch(self, engine: Engine) -> None:
