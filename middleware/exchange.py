@@ -64,7 +64,7 @@ class Exchange:
     """
 
     # What most requests do not need is set when it is needed.
-    #: Whether the response commits, by the policy.
+    #: Whether the response commits, by the policy; once there is a `_response`.
     _commit = False
     #: What the client is not to have before the app has read its cursor.
     _held: Message | None = None
@@ -80,8 +80,10 @@ class Exchange:
         self._asgi_scope = asgi_scope
         self._send = send
         self._progress = NOTHING
-        #: What the app sends, from its start on.
+        #: What the app sends; of a request that has used no session just the start, which
+        #: nothing has asked about yet.
         self._response: Response | None = None
+        self._start: Message | None = None
         #: Made with the first message that may have to wait for something.
         self._turn: Turn | None = None
         #: The error of the COMMIT that failed, until an error response has started.
@@ -102,6 +104,8 @@ class Exchange:
                         # What it answers is being committed, and whoever is outside answers
                         # otherwise.
                         await run_to_end(_wait_for(turn), limit=unit.options.end_timeout)
+                if unit.is_used:
+                    self._look_back()
             except Exception as error:
                 if self._failure is None:
                     raise
@@ -138,9 +142,10 @@ class Exchange:
         ends = is_used and unit.has_work
         # Nothing to end, now or before: the usual end of a body, and requests without a session.
         if not ends and (not is_used or self._is_settled()):
-            step = self._take(message, False)
-            if step is not BEFORE:
-                self._progress = COMPLETE if step is COMPLETES else STARTED
+            if is_used or not self._passes(message):
+                step = self._take(message, False)
+                if step is not BEFORE:
+                    self._progress = COMPLETE if step is COMPLETES else STARTED
             if is_used and self._committed:
                 await self._send_next(message)
             else:
@@ -172,6 +177,39 @@ class Exchange:
         turn = self._turn
         return turn is None or (not turn.is_taken and self._held is None and self._failure is None)
 
+    def _passes(self, message: Message) -> bool:
+        """Whether it is one of the two usual messages of a request without a session.
+
+        They cost hardly anything, and can be looked at later; see `_look_back`.
+        """
+        kind, progress = message["type"], self._progress
+        if progress is NOTHING and kind == "http.response.start":
+            if type(message.get("headers")) is list:  # an iterator is read by the server
+                self._start, self._progress = message, STARTED
+        elif (
+            progress is STARTED
+            and self._response is None
+            and kind == "http.response.body"
+            and not message.get("more_body")
+        ):
+            self._progress = COMPLETE
+        return self._progress is not progress
+
+    def _look_back(self) -> None:
+        """Look at what has passed: a session is used now."""
+        if self._start is not None and self._response is None:
+            self._begin(self._start)
+            assert self._response is not None
+            self._response.has_ended = self._progress is COMPLETE
+
+    def _begin(self, start: Message, *, ends: bool = False) -> None:
+        response = Response(start, self._unit.label, self._asgi_scope["method"])
+        commit = self._commit_on(response.status, self._asgi_scope)
+        if ends and commit:
+            response.check(start, STARTS)
+        # Not before: what is refused has not started, for anybody.
+        self._response, self._commit = response, commit
+
     def _take(self, message: Message, ends: bool) -> Step:
         """Take the next message; raise if the client must not have it.
 
@@ -184,6 +222,7 @@ class Exchange:
                 "returned.\n"
                 "What was not committed then has been rolled back. Await the tasks that respond."
             )
+        self._look_back()
         response = self._response
         if response is not None:
             step = response.take(message)
@@ -192,12 +231,7 @@ class Exchange:
             return step
         if message["type"] != "http.response.start":
             return BEFORE
-        response = Response(message, self._unit.label, self._asgi_scope["method"])
-        commit = self._commit_on(response.status, self._asgi_scope)
-        if ends and commit:
-            response.check(message, STARTS)
-        # Not before: what is refused has not started, for anybody.
-        self._response, self._commit = response, commit
+        self._begin(message, ends=ends)
         return STARTS
 
     # --- ending

@@ -168,19 +168,19 @@ def _invalid(why: str) -> InvalidResponseError:
     )
 
 
-class Label:
+class Label(tuple[str, str]):
     """The request, for logs: "POST /articles". Made only if a log or an error asks for it.
 
     Without the query, which may hold secrets.
+
+    Args:
+        iterable: the method and the path, and not the ASGI scope: what holds a label must not
+            keep the whole request alive. A tuple, since there is one for each request.
     """
 
-    # Not the ASGI scope: what holds a label must not keep the whole request alive.
-    __slots__ = ("_method", "_path")
-
-    def __init__(self, asgi_scope: Scope) -> None:
-        self._method: str = asgi_scope["method"]
-        self._path: str = asgi_scope["path"]
+    __slots__ = ()
 
     def __str__(self) -> str:
+        method, path = self
         # The server has decoded the path, in which a client can so have put a line break.
-        return f"{self._method} {quote(self._path, safe=_PATH_CHARACTERS)}"
+        return f"{method} {quote(path, safe=_PATH_CHARACTERS)}"

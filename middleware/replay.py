@@ -120,6 +120,7 @@ class _Attempt(Exchange):
         self._request = request
         self._attempts = attempts
         self._watch = unit.observer = _Watch(request, attempts)
+        unit.use()  # so that every message is looked at: those apart from it can lose a conflict
 
     async def run_once(self, app: ASGIApp) -> Exception | None:
         """Run `app`.

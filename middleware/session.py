@@ -63,7 +63,8 @@ class DatabaseSessionMiddleware:
             function that chooses the default one for each request, `choose(asgi_scope)`. It
             returns a `Database` or a name. It is called when a session is first asked for, where
             what it raises is raised, and must not be async.
-        commit_on: `commit_on(status, asgi_scope)` says whether a response commits.
+        commit_on: `commit_on(status, asgi_scope)` says whether a response commits. It is asked
+            once for each request that uses a session.
         read_only: `read_only(asgi_scope)` says whether a request only reads, see `session_scope`:
             True, False or "snapshot"; or one of these for all requests. `safe_methods` is
             ready-made.
@@ -184,12 +185,13 @@ class DatabaseSessionMiddleware:
                 scope.pop(SCOPE_KEY, None)
 
     def _exchange_for(self, scope: Scope, send: Send) -> Exchange | Replay:
-        options = self._safe if scope["method"] in SAFE_METHODS else self._unsafe
+        method = scope["method"]
+        options = self._safe if method in SAFE_METHODS else self._unsafe
         if self.read_only:
             options = self._reading(scope) or options
         if self._is_per_request:
             options = options._replace(databases=self._chosen_for(scope))
-        unit = SessionScope(options, Label(scope))
+        unit = SessionScope(options, Label((method, scope["path"])))
         if self.two_phase and not options.begin.read_only:
             unit.branches = Branches(options.databases)
         scope[SCOPE_KEY] = unit

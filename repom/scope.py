@@ -168,12 +168,12 @@ class SessionScope:
 
     def on_commit(self, callback: Callback, database: str | Database = DEFAULT) -> None:
         """See `repom.on_commit`."""
-        self._use()
+        self.use()
         self.callbacks.on_commit(callback, self._savepoint(database))
 
     def on_rollback(self, callback: Callback, database: str | Database = DEFAULT) -> None:
         """See `repom.on_rollback`."""
-        self._use()
+        self.use()
         self.callbacks.on_rollback(callback, self._savepoint(database))
 
     # --- opening sessions
@@ -212,7 +212,7 @@ class SessionScope:
     def _participant(self, key: str | Database, kind: type[_P]) -> _P:
         options = self.options
         database = options.databases[key]
-        self._use()
+        self.use()
         with self._mutex:
             self._refuse_if_over()  # a thread may have come here just before the end
             found = self._taking_part(database)
@@ -236,7 +236,7 @@ class SessionScope:
             )
         return found
 
-    def _use(self) -> None:
+    def use(self) -> None:
         """Make what requests without a database do not need."""
         if not self.is_used:
             with _first_use:  # threads of one request may ask at the same time

@@ -164,6 +164,49 @@ async def test_own_rule(
     assert notes(database_url) == (["a"] if committed else [])
 
 
+@pytest.mark.parametrize("when", ["never", "before", "in the body", "in the background"])
+async def test_own_rule_is_asked_once_about_a_session(
+    database: Database, database_url: str, when: str
+) -> None:
+    """Requests without a session do not ask the rule; those that use one late ask it then."""
+    asked: list[int] = []
+
+    def commit_on(status: int, asgi_scope: Scope) -> bool:
+        asked.append(status)
+        return status == 418
+
+    async def respond(send: Send) -> None:
+        for moment in ("before", "in the body", "in the background"):
+            if moment == when:
+                await write("a")
+            if moment == "before":
+                await send({"type": "http.response.start", "status": 418, "headers": []})
+            elif moment == "in the body":
+                await send({"type": "http.response.body", "body": b"a"})
+
+    response = await request(serve(database, respond, commit_on=commit_on))
+    assert (response.status, response.complete) == (418, True)
+    assert asked == ([] if when == "never" else [418])
+    assert notes(database_url) == ([] if when == "never" else ["a"])
+
+
+async def test_own_rule_that_fails_late(database: Database, database_url: str) -> None:
+    """A rule that raises when it is first asked after the response commits nothing, and the
+    error leaves."""
+
+    def commit_on(status: int, asgi_scope: Scope) -> bool:
+        raise LookupError("no rule")
+
+    async def respond(send: Send) -> None:
+        await answer(send)
+        await write("a")
+
+    response = await request(serve(database, respond, commit_on=commit_on))
+    assert isinstance(response.exception, LookupError)
+    assert notes(database_url) == []
+    assert connections_in_use(database) == 0
+
+
 @pytest.mark.parametrize("failing", ["duplicate", "or rollback"])
 async def test_swallowed_database_error(
     deferring: Database, deferring_url: str, failing: str
