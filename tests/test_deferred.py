@@ -184,6 +184,26 @@ async def test_nobody_waits_for_it_who_may_be_waited_for(postgres: Database) -> 
         assert await session.scalar(select(Note.remark)) == "deferred"
 
 
+async def test_cancelled_while_it_waits(sqlite: Database) -> None:
+    """The session that has waited for it can be used by other tasks of the unit of work."""
+    settle = asyncio.Event()
+    async with asyncio.timeout(10):
+        async with session_scope(sqlite) as session:
+            deferred.end_later(until_set(settle), limit=5, label="a unit")
+            waits = asyncio.create_task(session.scalar(COUNT))
+            await asyncio.sleep(0)
+            waits.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waits
+            settle.set()
+            assert await session.scalar(COUNT) == 0
+    await deferred.settled()
+
+
+async def until_set(event: asyncio.Event) -> None:
+    await event.wait()
+
+
 async def test_sync_session_on_the_loop_does_not_wait(database: Database) -> None:
     """It could not let the COMMIT happen."""
     await write(database, "a")

@@ -12,6 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from repom import Database, current_scope, current_session, on_commit, session_scope
 from repom.errors import (
     CommitOutcomeUnknown,
+    InvalidResponseError,
     ScopeError,
     TransactionAbortedError,
 )
@@ -232,6 +233,32 @@ async def test_swallowed_database_error(
     assert response.sent == []
     assert notes(deferring_url) == []
     assert connections_in_use(deferring) == 0
+
+
+@pytest.mark.parametrize(
+    ("sent", "error"),
+    [
+        ([start(200), chunk(), start(500)], ScopeError),
+        ([start(200), start(500)], ScopeError),
+        ([start(200), chunk(), chunk()], InvalidResponseError),
+        ([start(200), chunk(more=True), chunk(), chunk()], InvalidResponseError),
+    ],
+    ids=["second response", "second start", "second body", "body after the last chunk"],
+)
+async def test_what_no_server_takes_without_a_session(
+    database: Database, sent: list[Message], error: type[Exception]
+) -> None:
+    """It is refused there, too, and what came before has left."""
+
+    async def respond(send: Send) -> None:
+        for message in sent:
+            await send(dict(message))
+
+    response = await request(serve(database, respond))
+    assert type(response.exception) is error
+    assert [message["type"] for message in response.messages] == [
+        message["type"] for message in sent[:-1]
+    ]
 
 
 async def test_second_response_is_refused(database: Database, database_url: str) -> None:

@@ -257,6 +257,23 @@ async def test_whatever_becomes_of_the_conflict(
     assert notes(postgres_url) == ["won"]
 
 
+async def test_conflict_of_another_unit_of_work(losing: Database, postgres_url: str) -> None:
+    """A request that has no session of its own can lose one, too, and answer with an error."""
+
+    async def respond(send: Send) -> None:
+        if attempt() < 3:
+            with contextlib.suppress(DBAPIError):
+                await is_lost_in_a_scope_inside(send)
+            await answer(send, 409)
+        else:
+            await answer(send, 201)
+
+    response, attempts = await post(responding(respond), losing)
+    assert_created(response)
+    assert attempts == [1, 2, 3]
+    assert notes(postgres_url) == []
+
+
 async def test_conflict_that_was_dealt_with(losing: Database, postgres_url: str) -> None:
     """In a savepoint it has hurt nothing else. The success is true, and goes out."""
 
