@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from benchmarks import cost, machine
@@ -27,8 +27,9 @@ class Effort:
     """How long a run takes.
 
     Attributes:
-        rounds: of the sequential cases. Many short ones: what disturbs the machine for a moment
-            disturbs few of them, and what does so for minutes disturbs all contenders alike.
+        rounds: of the sequential cases, by host. Many short ones: what disturbs the machine for
+            a moment disturbs few of them, and what does so for minutes disturbs all contenders
+            alike. On the bare host are few contenders, and the budget is decided there.
         seconds: for which the hand-written code runs in each.
         repeats: rounds of the other cases, which take longer.
         requests: after which the memory is looked at again.
@@ -37,7 +38,7 @@ class Effort:
         machine: whether machine instructions are counted too, which takes minutes.
     """
 
-    rounds: int
+    rounds: Mapping[str, int]
     seconds: float
     repeats: int
     requests: int
@@ -46,9 +47,19 @@ class Effort:
     machine: bool
 
 
-FULL = Effort(160, 0.02, 4, 100_000, 100, (1, 10, 100, 500, 1000, 2000), machine=True)
-SHORT = Effort(50, 0.015, 1, 10_000, 20, (1, 10, 100, 500, 2000), machine=False)
-QUICK = Effort(2, 0.02, 1, 1_000, 8, (1, 500), machine=False)
+FULL = Effort(
+    {"asgi": 240, "fastapi": 160},
+    0.02,
+    4,
+    100_000,
+    100,
+    (1, 10, 100, 500, 1000, 2000),
+    machine=True,
+)
+SHORT = Effort(
+    {"asgi": 160, "fastapi": 40}, 0.015, 1, 10_000, 20, (1, 10, 100, 500, 2000), machine=False
+)
+QUICK = Effort({"asgi": 2, "fastapi": 2}, 0.02, 1, 1_000, 8, (1, 500), machine=False)
 EFFORTS = {"full": FULL, "short": SHORT, "quick": QUICK}
 
 
@@ -99,7 +110,8 @@ def run(endpoint: str, count: int, concurrency: int = 1) -> Measure:
 async def sequential(ready: list[Entrant], case: str, conditions: Conditions) -> list[Row]:
     """One request after the other; the case has the endpoint's name."""
     count = await conditions.count(ready, case)
-    return await conditions.compare(ready, case, run(case, count), repeat=conditions.effort.rounds)
+    repeat = conditions.effort.rounds[ready[0].contender.host]
+    return await conditions.compare(ready, case, run(case, count), repeat=repeat)
 
 
 async def pool(ready: list[Entrant], case: str, conditions: Conditions) -> list[Row]:
