@@ -17,6 +17,7 @@ from repom.middleware.policy import (
     BEFORE_RESPONSE,
     ASGIApp,
     CommitOn,
+    Headers,
     Message,
     Receive,
     Scope,
@@ -64,8 +65,8 @@ class Exchange:
     """
 
     # What most requests do not need is set when it is needed.
-    #: Whether the response commits, by the policy; once there is a `_response`.
-    _commit = False
+    #: Whether the response commits, once the policy was asked.
+    _commit: bool | None = None
     #: What the client is not to have before the app has read its cursor.
     _held: Message | None = None
     #: Whether there was a COMMIT, and the type of what has left last, if anything since.
@@ -80,10 +81,10 @@ class Exchange:
         self._asgi_scope = asgi_scope
         self._send = send
         self._progress = NOTHING
-        #: What the app sends; of a request that has used no session just the start, which
-        #: nothing has asked about yet.
+        #: The status and headers that have left, of a request that had used no session by then.
+        self._start: tuple[int, Headers] | None = None
+        #: The response that the app sends, once it matters.
         self._response: Response | None = None
-        self._start: Message | None = None
         #: Made with the first message that may have to wait for something.
         self._turn: Turn | None = None
         #: The error of the COMMIT that failed, until an error response has started.
@@ -104,8 +105,6 @@ class Exchange:
                         # What it answers is being committed, and whoever is outside answers
                         # otherwise.
                         await run_to_end(_wait_for(turn), limit=unit.options.end_timeout)
-                if unit.is_used:
-                    self._look_back()
             except Exception as error:
                 if self._failure is None:
                     raise
@@ -142,7 +141,7 @@ class Exchange:
         ends = is_used and unit.has_work
         # Nothing to end, now or before: the usual end of a body, and requests without a session.
         if not ends and (not is_used or self._is_settled()):
-            if is_used or not self._passes(message):
+            if is_used or not self._note_only(message):
                 step = self._take(message, False)
                 if step is not BEFORE:
                     self._progress = COMPLETE if step is COMPLETES else STARTED
@@ -177,15 +176,20 @@ class Exchange:
         turn = self._turn
         return turn is None or (not turn.is_taken and self._held is None and self._failure is None)
 
-    def _passes(self, message: Message) -> bool:
-        """Whether it is one of the two usual messages of a request without a session.
+    def _note_only(self, message: Message) -> bool:
+        """Note one of the two usual messages of a request that has used no session.
 
-        They cost hardly anything, and can be looked at later; see `_look_back`.
+        It costs hardly anything, and says all that `_look_back` needs to know later.
+
+        Returns:
+            False if it is another one, and nothing was noted.
         """
         kind, progress = message["type"], self._progress
         if progress is NOTHING and kind == "http.response.start":
-            if type(message.get("headers")) is list:  # an iterator is read by the server
-                self._start, self._progress = message, STARTED
+            headers = message.get("headers")
+            if type(headers) is list:  # what is read only once is not for us to look at later
+                # Not the message, which layers outside of us may change.
+                self._start, self._progress = (message["status"], headers), STARTED
         elif (
             progress is STARTED
             and self._response is None
@@ -196,19 +200,22 @@ class Exchange:
         return self._progress is not progress
 
     def _look_back(self) -> None:
-        """Look at what has passed: a session is used now."""
+        """Make a response of what was only noted."""
         if self._start is not None and self._response is None:
-            self._begin(self._start)
-            assert self._response is not None
+            self._response = self._response_of(*self._start)
             self._response.has_ended = self._progress is COMPLETE
 
-    def _begin(self, start: Message, *, ends: bool = False) -> None:
-        response = Response(start, self._unit.label, self._asgi_scope["method"])
-        commit = self._commit_on(response.status, self._asgi_scope)
-        if ends and commit:
-            response.check(start, STARTS)
-        # Not before: what is refused has not started, for anybody.
-        self._response, self._commit = response, commit
+    def _response_of(self, status: int, headers: Headers) -> Response:
+        return Response(status, headers, self._unit.label, self._asgi_scope["method"])
+
+    def _is_success(self) -> bool:
+        """Whether the response commits. The policy is asked once, and only if it matters."""
+        if self._commit is None:
+            response = self._response
+            if response is None:
+                return False
+            self._commit = self._commit_on(response.status, self._asgi_scope)
+        return self._commit
 
     def _take(self, message: Message, ends: bool) -> Step:
         """Take the next message; raise if the client must not have it.
@@ -226,12 +233,21 @@ class Exchange:
         response = self._response
         if response is not None:
             step = response.take(message)
-            if ends and self._commit:
+            if ends and self._is_success():
                 response.check(message, step)
             return step
         if message["type"] != "http.response.start":
             return BEFORE
-        self._begin(message, ends=ends)
+        headers = message.get("headers", ())
+        if not isinstance(headers, (list, tuple)):  # an iterator is read only once
+            headers = message["headers"] = list(headers)
+        self._response, self._commit = self._response_of(message["status"], headers), None
+        try:
+            if ends and self._is_success():
+                self._response.check(message, STARTS)
+        except Exception:
+            self._response = None  # it has not started, for anybody
+            raise
         return STARTS
 
     # --- ending
@@ -321,13 +337,23 @@ class Exchange:
     def _commits(self) -> bool:
         """Whether what is open is to be committed."""
         unit = self._unit
-        if self._commit and unit.is_rollback_only and unit.in_transaction:
+        if not self._is_success():
+            return False
+        if unit.is_rollback_only and unit.in_transaction:
             logger.info("%s was rolled back: rollback_only() was called", unit.label)
-        return self._commit and not unit.is_rollback_only
+        return not unit.is_rollback_only
 
     async def _finish(self, *, complete: bool) -> None:
         unit = self._unit
-        if complete and not self._commit and unit.in_transaction:
+        try:
+            # New work is refused by now, so that nothing can follow this look.
+            self._look_back()
+            commit = complete and self._commits()
+            is_error = complete and not self._is_success()
+        except BaseException:
+            await finish.finish(unit, commit=False)
+            raise
+        if is_error and unit.in_transaction:
             # It may be an endpoint whose time-out has been answered already.
             logger.warning(
                 "%s was answered by an error; what it has written after that was rolled back. "
@@ -336,7 +362,7 @@ class Exchange:
                 unit.label,
             )
         try:
-            await finish.finish(unit, commit=complete and self._commits())
+            await finish.finish(unit, commit=commit)
         except Exception as error:
             self._log_failure(error)
             raise

@@ -168,19 +168,19 @@ def _invalid(why: str) -> InvalidResponseError:
     )
 
 
-class Label(tuple[str, str]):
+class Label:
     """The request, for logs: "POST /articles". Made only if a log or an error asks for it.
 
     Without the query, which may hold secrets.
-
-    Args:
-        iterable: the method and the path, and not the ASGI scope: what holds a label must not
-            keep the whole request alive. A tuple, since there is one for each request.
     """
 
-    __slots__ = ()
+    # Not the ASGI scope: what holds a label must not keep the whole request alive.
+    __slots__ = ("_method", "_path")
+
+    def __init__(self, method: str, path: str) -> None:
+        self._method = method
+        self._path = path
 
     def __str__(self) -> str:
-        method, path = self
         # The server has decoded the path, in which a client can so have put a line break.
-        return f"{method} {quote(path, safe=_PATH_CHARACTERS)}"
+        return f"{self._method} {quote(self._path, safe=_PATH_CHARACTERS)}"

@@ -120,7 +120,9 @@ class _Attempt(Exchange):
         self._request = request
         self._attempts = attempts
         self._watch = unit.observer = _Watch(request, attempts)
-        unit.use()  # so that every message is looked at: those apart from it can lose a conflict
+        # So that every message is looked at: a unit of work inside this one can lose a conflict
+        # though this one was asked for nothing.
+        unit.use()
 
     async def run_once(self, app: ASGIApp) -> Exception | None:
         """Run `app`.
@@ -177,7 +179,7 @@ class _Attempt(Exchange):
         if self._lost is not None:
             raise self._lost
         step = super()._take(message, ends)
-        if step is STARTS and not self._commit and self._is_repeatable:
+        if step is STARTS and not self._is_success() and self._is_repeatable:
             self._lost = self._conflict_behind(None)
             if self._lost is not None:
                 raise self._lost

@@ -32,34 +32,31 @@ BEFORE, STARTS, CONTINUES, COMPLETES = Step
 
 
 class Response:
-    """One response, as the application sends it.
+    """One response, as the application sends it after its start.
 
     Args:
-        start: its first message.
+        status: what the start says, like the headers.
+        headers: no iterator, since they are read more than once.
         label: the request, for errors.
         method: of the request; no body is sent for HEAD.
 
     Attributes:
-        status: what the start says, like the headers.
         has_ended: whether the app has sent the last of the body. The client may have had all
             that was announced before.
     """
 
     __slots__ = ("_body_bytes", "_label", "_method", "has_ended", "headers", "status")
 
-    def __init__(self, start: Message, label: object, method: str) -> None:
+    def __init__(self, status: int, headers: Headers, label: object, method: str) -> None:
+        self.status = status
+        self.headers = headers
         self._label = label
         self._method = method
-        self.status: int = start["status"]
-        headers = start.get("headers", ())
-        if not isinstance(headers, (list, tuple)):  # an iterator is read only once
-            headers = start["headers"] = list(headers)
-        self.headers: Headers = headers
         self.has_ended = False
         self._body_bytes: float = 0
 
     def take(self, message: Message) -> Step:
-        """Take the next message.
+        """Take the next message after the start, and say whether it completes the response.
 
         Raises:
             ScopeError: it starts a second response.

@@ -64,7 +64,7 @@ class DatabaseSessionMiddleware:
             returns a `Database` or a name. It is called when a session is first asked for, where
             what it raises is raised, and must not be async.
         commit_on: `commit_on(status, asgi_scope)` says whether a response commits. It is asked
-            once for each request that uses a session.
+            only where something was begun.
         read_only: `read_only(asgi_scope)` says whether a request only reads, see `session_scope`:
             True, False or "snapshot"; or one of these for all requests. `safe_methods` is
             ready-made.
@@ -191,7 +191,7 @@ class DatabaseSessionMiddleware:
             options = self._reading(scope) or options
         if self._is_per_request:
             options = options._replace(databases=self._chosen_for(scope))
-        unit = SessionScope(options, Label((method, scope["path"])))
+        unit = SessionScope(options, Label(method, scope["path"]))
         if self.two_phase and not options.begin.read_only:
             unit.branches = Branches(options.databases)
         scope[SCOPE_KEY] = unit

@@ -33,9 +33,6 @@ from repom.turn import Turn
 
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
-#: Held while a unit of work is used for the first time, and never for longer than that takes.
-_first_use = threading.Lock()
-
 _P = TypeVar("_P", AsyncParticipant, SyncParticipant)
 
 
@@ -60,12 +57,14 @@ class SessionScope:
         label: what it is, for logs: its `str()` is "POST /articles", or a name.
 
     Attributes:
+        options: how it is made, like its `label`.
         parent: the scope inside which this one was opened, if any.
         observer: who has to know what the database says in it, if anybody.
         branches: those of a unit of work that ends by a two-phase commit; set by its owner.
         attempt: how often the work was begun, this time included: more than 1 if it has lost a
             conflict and is repeated.
-        is_used: whether it was ever asked for a session or a callback.
+        is_used: whether it was ever asked for a session or a callback; or its owner wants to be
+            told of everything, and has called `use()`.
         callbacks: what waits for the end of the transaction.
         turn: held while transactions are ended; of one that is used.
         participants: what takes part in it, in the order in which it is to commit.
@@ -79,7 +78,6 @@ class SessionScope:
     callbacks: Callbacks = NONE_REGISTERED
     turn: Turn
     participants: tuple[Participant, ...] = ()
-    _mutex: threading.Lock
     # By what was asked for, so that `current_session()` is one look-up.
     _async_sessions: Mapping[str | Database, AsyncSession] = _NOTHING
     _sync_sessions: Mapping[str | Database, Session] = _NOTHING
@@ -92,6 +90,8 @@ class SessionScope:
         self.options = options
         self.label = label
         self.is_used = False
+        # Of its own: another one may be used by what the garbage collector finalizes meanwhile.
+        self._mutex = threading.Lock()  # threads of one request may ask at the same time
 
     def __repr__(self) -> str:
         return f"<SessionScope {self.label} ({self._state.value})>"
@@ -237,14 +237,13 @@ class SessionScope:
         return found
 
     def use(self) -> None:
-        """Make what requests without a database do not need."""
+        """Make what requests that ask for nothing do not need."""
         if not self.is_used:
-            with _first_use:  # threads of one request may ask at the same time
+            with self._mutex:
                 if not self.is_used:
-                    self._mutex = threading.Lock()
                     self.callbacks = Callbacks()
                     self.turn = Turn()
-                    self.is_used = True  # at last: others look at it without the lock
+                    self.is_used = True  # at last: others look at it without the mutex
 
     def _savepoint(self, key: str | Database) -> Any:
         # The last flush happens when new work is refused already, but what listens to it, as
@@ -322,15 +321,14 @@ class SessionScope:
         Returns:
             Whether there is any. A scope that nobody has asked for anything is closed.
         """
-        # In this order: who uses it for the first time says so before it looks at the state.
-        self._state = ENDING
-        if not self.is_used:
-            self._state = CLOSED
-            return False
         with self._mutex:
+            if not self.is_used:
+                self._state = CLOSED
+                return False
+            self._state = ENDING
             for participant in self.participants:
                 participant.gate.closed = True
-        return True
+            return True
 
     def for_callback(self, *, is_sync: bool = False) -> SessionScope:
         """A unit of work for one callback: all as here, but a transaction of its own.

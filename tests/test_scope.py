@@ -19,6 +19,7 @@ from repom import (
     session_scope,
     sync_session_scope,
 )
+from repom.callbacks import Callbacks
 from repom.database import Database
 from repom.errors import (
     MixedSessionsError,
@@ -331,3 +332,27 @@ def test_sync_scope_is_freed_when_its_block_is_left(sqlite: Database) -> None:
     with without_garbage_collector():
         work()
         assert alive[0]() is None
+
+
+def test_unit_of_work_that_begins_while_another_is_first_used(
+    sqlite: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by what the garbage collector finalizes just then. It does not wait for the other one."""
+    make = Callbacks
+
+    def begin_another() -> Callbacks:
+        monkeypatch.undo()
+        with sync_session_scope(sqlite):
+            current_sync_session()
+        return make()
+
+    def use() -> None:
+        with sync_session_scope(sqlite):
+            used.set()
+
+    used = threading.Event()
+    monkeypatch.setattr("repom.scope.Callbacks", begin_another)
+    thread = threading.Thread(target=use, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert used.is_set()

@@ -160,7 +160,8 @@ class Support:
         dialect: Any = engine.dialect
         begin, commit, rollback = dialect.do_begin, dialect.do_commit, dialect.do_rollback
         dialect.connect = partial(self._connect, dialect.connect)
-        # No `partial`: each lets Python begin its loop anew, on a greenlet's stack that is copied.
+        # For each transaction, and no `partial`: through C, a call takes a part of the C stack,
+        # which is copied whenever its greenlet waits.
         dialect.do_begin = lambda connection: self._begin(begin, connection)
         dialect.do_commit = lambda connection: self.commit(commit, connection)
         dialect.do_rollback = lambda connection: self._rollback(rollback, connection)

@@ -2,14 +2,16 @@
 
 import asyncio
 import contextlib
+import contextvars
 import logging
+import threading
 from typing import Any
 
 import pytest
 from sqlalchemy import insert, select
 from sqlalchemy.exc import IntegrityError
 
-from repom import Database, current_scope, current_session, on_commit, session_scope
+from repom import Database, current_scope, current_session, finish, on_commit, session_scope
 from repom.errors import (
     CommitOutcomeUnknown,
     InvalidResponseError,
@@ -17,6 +19,7 @@ from repom.errors import (
     TransactionAbortedError,
 )
 from repom.middleware import commits_on_2xx
+from repom.scope import SessionScope
 from tests.middleware.held import held_commit
 from tests.middleware.notes import (
     NOTE,
@@ -29,8 +32,9 @@ from tests.middleware.notes import (
     serve,
     start,
     write,
+    write_sync,
 )
-from tests.support.asgi import Message, Scope, Send, request
+from tests.support.asgi import Message, Receive, Scope, Send, request
 
 START = "http.response.start"
 BODY = "http.response.body"
@@ -205,6 +209,70 @@ async def test_own_rule_that_fails_late(database: Database, database_url: str) -
     response = await request(serve(database, respond, commit_on=commit_on))
     assert isinstance(response.exception, LookupError)
     assert notes(database_url) == []
+    assert connections_in_use(database) == 0
+
+
+async def test_own_rule_that_fails_without_a_session(database: Database) -> None:
+    """It is not asked, so that a stream is not broken for it."""
+
+    def commit_on(status: int, asgi_scope: Scope) -> bool:
+        raise LookupError("no rule")
+
+    async def respond(send: Send) -> None:
+        await send(start(200))
+        await send(chunk(b"a", more=True))
+        await send(chunk(b"b"))
+
+    response = await request(serve(database, respond, commit_on=commit_on))
+    assert (response.exception, response.complete) == (None, True)
+
+
+@pytest.mark.parametrize(("status", "committed"), [(200, True), (404, False)])
+async def test_layer_outside_that_changes_the_start(
+    database: Database, database_url: str, status: int, committed: bool
+) -> None:
+    """What the app has said decides about what it begins later, and not what was made of it."""
+
+    async def respond(send: Send) -> None:
+        await send(start(status))
+        await write("a")
+        await send(chunk())
+
+    async def changing(scope: Scope, receive: Receive, send: Send) -> None:
+        async def change(message: Message) -> None:
+            await send(dict(message))
+            if message["type"] == START:
+                message.update(status=604 - status, headers=[(b"content-length", b"0")])
+
+        await serve(database, respond)(scope, receive, change)
+
+    response = await request(changing)
+    assert (response.status, response.exception) == (status, None)
+    assert notes(database_url) == (["a"] if committed else [])
+
+
+async def test_first_used_when_the_app_has_returned(
+    database: Database, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that is left over gets in before the end, or not at all: what it has written
+    without an error is committed with the 2xx."""
+    close = finish.close_if_settled
+
+    def use_before(unit: SessionScope) -> bool:
+        context = contextvars.copy_context()
+        thread = threading.Thread(target=context.run, args=(write_sync, "a"))
+        thread.start()
+        thread.join()
+        monkeypatch.undo()
+        return close(unit)
+
+    async def respond(send: Send) -> None:
+        await answer(send)
+        monkeypatch.setattr(finish, "close_if_settled", use_before)
+
+    response = await request(serve(database, respond))
+    assert (response.status, response.exception) == (200, None)
+    assert notes(database_url) == ["a"]
     assert connections_in_use(database) == 0
 
 

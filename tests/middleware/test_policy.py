@@ -226,4 +226,4 @@ def test_response_without_a_body(status: int, length: bytes | None, empty: bool)
 )
 def test_label_for_logs(path: str, text: str) -> None:
     """A request in logs is its method and path, always in one line."""
-    assert str(Label(("GET", path))) == text
+    assert str(Label("GET", path)) == text
