@@ -23,23 +23,19 @@ T = TypeVar("T")
 #: The greenlet that runs: a worker, or what has called one.
 _running: Callable[[], Any] = getcurrent
 
-#: In one list of one thread. There are seldom more operations at a time than connections, and each
-#: greenlet keeps the memory that it had (16 KiB and its part of the stack).
+#: Of one thread, those that wait for the next operation. There are seldom more operations at a
+#: time than connections, and each keeps the memory that it had (16 KiB and its part of the stack).
 MOST_IDLE = 32
 
 
-class Idle(threading.local):
-    """Those that wait for the next operation, in one thread, to which a greenlet belongs."""
+class _Idle(threading.local):
+    """Those of one thread, to which a greenlet belongs for ever."""
 
     def __init__(self) -> None:
         self.workers: list[_Worker] = []
 
 
-#: A greenlet's part of the C stack begins where it is switched to first. Whoever switches to it
-#: when the stack is deeper has the difference copied. It is deeper by 3 KiB when a unit of work is
-#: ended, by the steps of `shield.run_to_end`; so the operations of the end have greenlets apart.
-OPERATIONS = Idle()
-ENDS = Idle()
+_idle = _Idle()
 
 
 class _Worker(greenlet):  # type: ignore[misc]
@@ -74,18 +70,9 @@ def _new_worker() -> _Worker:
 
 
 async def spawn(
-    function: Callable[..., T],
-    *args: Any,
-    _require_await: bool = False,
-    _idle: Idle = OPERATIONS,
-    **kwargs: Any,
+    function: Callable[..., T], *args: Any, _require_await: bool = False, **kwargs: Any
 ) -> T:
-    """Run `function`, which waits by `await_only()`, as SQLAlchemy's `greenlet_spawn()` does.
-
-    Args:
-        _idle: where to look for a greenlet, and to leave it. Private, like SQLAlchemy's
-            `_require_await`, to be told from the keywords of `function`.
-    """
+    """Run `function`, which waits by `await_only()`, as SQLAlchemy's `greenlet_spawn()` does."""
     if _require_await:
         return await greenlet_spawn(function, *args, _require_await=True, **kwargs)
     here = _running()

@@ -60,16 +60,20 @@ def doomed(session: Any) -> ConcurrentSessionUse:
 def flush_began(session: Any) -> None:
     """A flush is about to write the objects that are new or changed by now."""
     states = _watch((*session._new, *session.identity_map._modified))
-    session._repom_flush = states, session._repom_watched_names
-    session._repom_watched_names = None
+    names = session._repom_watched_names
+    session._repom_flush = states, names
+    if names is not None:  # not set in vain, see `Participant._manage`
+        session._repom_watched_names = None
     watch_clean(session)
 
 
 def flush_ended(session: Any) -> None:
     """It is done, or was found to have nothing to do."""
     if session._repom_flush is not None:
-        states, session._repom_watched_names = session._repom_flush
+        states, names = session._repom_flush
         session._repom_flush = None
+        if names is not None:
+            session._repom_watched_names = names
         _let_go(states)
         unwatch_clean(session)
 

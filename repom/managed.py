@@ -291,7 +291,8 @@ def _after_transaction_end(session: Any, transaction: SessionTransaction) -> Non
             callbacks.savepoint_rolled_back(transaction)
     elif transaction.parent is None:
         blocks_ended(session, undone=not committed)
-        session.repom_doom = None
+        if session.repom_doom is not None:
+            session.repom_doom = None
         if committed:
             callbacks.committed()
         else:

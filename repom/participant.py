@@ -21,7 +21,7 @@ from repom.database import Database
 from repom.ending import Action, Step, Steps
 from repom.errors import CommitOutcomeUnknown, TransactionError
 from repom.gate import Gate, TaskGate, ThreadGate
-from repom.greenlets import ENDS, spawn, spawning_class
+from repom.greenlets import spawn, spawning_class
 from repom.managed import InnerCommits, ManagedSession, managed_class
 from repom.read_only import read_only_class
 from repom.reader_session import RoutedSession, reader_class, writer_class
@@ -89,6 +89,10 @@ class Participant:
         session.repom_callbacks = callbacks
         session.repom_cursors = Cursors()
         session.repom_label = label
+        # What a flush sets. As long as all sessions get their attributes in the same order, and not
+        # many more of them, Python keeps the names once; else each has a dict of its own, 1.3 KiB.
+        session._repom_flush = None
+        session._repom_watchers = 0
 
 
 def _class_for(
@@ -130,7 +134,7 @@ class AsyncParticipant(Participant):
         self._manage(TaskGate(), inner_commits, callbacks, label)
 
     def performing(self, action: Action) -> Coroutine[Any, Any, None]:
-        return spawn(self.sync_session.end, action, _idle=ENDS)
+        return spawn(self.sync_session.end, action)
 
 
 class SyncParticipant(Participant):

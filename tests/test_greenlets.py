@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.util import await_only
 
 from repom import Database, session_scope
-from repom.greenlets import MOST_IDLE, OPERATIONS, spawn, spawning_class
+from repom.greenlets import MOST_IDLE, _idle, spawn, spawning_class
 
 
 class Thing:
@@ -32,7 +32,7 @@ class Thing:
 @pytest.fixture(autouse=True)
 def no_idle_ones() -> None:
     """Each test makes its own."""
-    OPERATIONS.workers.clear()
+    _idle.workers.clear()
 
 
 def here() -> greenlet:
@@ -132,7 +132,7 @@ async def test_a_cancelled_operation_ends_inside() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert ended == ["ended"]
-    assert OPERATIONS.workers == []  # and nobody else gets its greenlet
+    assert _idle.workers == []  # and nobody else gets its greenlet
     assert await spawn(here)
 
 
@@ -173,7 +173,7 @@ async def test_one_that_waits_keeps_nothing_alive() -> None:
     try:
         for _ in range(2):  # in a new one, and again
             await once()
-            [worker] = OPERATIONS.workers
+            [worker] = _idle.workers
             assert [each() for each in alive] == [None] * len(alive)
             assert worker.gr_context is None
     finally:
@@ -186,7 +186,7 @@ async def test_only_so_many_are_kept() -> None:
     await asyncio.sleep(0)
     future.set_result(None)
     await asyncio.gather(*tasks)
-    assert len(OPERATIONS.workers) == MOST_IDLE
+    assert len(_idle.workers) == MOST_IDLE
 
 
 def test_they_end_with_their_thread() -> None:
@@ -244,7 +244,7 @@ async def test_operations_of_a_session_share_one(sqlite_url: str) -> None:
         first = await session.run_sync(lambda _: getcurrent())
         assert await session.scalar(select(literal(1))) == 1
         assert await session.run_sync(lambda _: getcurrent()) is first
-    assert OPERATIONS.workers == [first]
+    assert _idle.workers == [first]
 
 
 def test_every_method_that_spawns_is_replaced() -> None:
