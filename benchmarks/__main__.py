@@ -12,7 +12,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import cases, databases, environments, report
+from benchmarks import budget, cases, databases, environments, report
 from benchmarks.cases import APART, TOGETHER, Conditions
 from benchmarks.contenders import CONTENDERS, HOSTS, Contender
 from benchmarks.entrants import entrants
@@ -21,6 +21,7 @@ from benchmarks.processes import worker
 from benchmarks.results import Results
 
 RESULTS = Path(__file__).with_name("results.json")
+BUDGET = Path(__file__).with_name("budget.json")
 DOCS = environments.ROOT / "docs"
 
 
@@ -71,8 +72,8 @@ def _is_asked_for(case: str, database: str, options: argparse.Namespace) -> bool
 
 def save(results: Results, options: argparse.Namespace) -> None:
     """Keep what there is: a run takes more than an hour."""
-    if options.write:
-        results.write(RESULTS)
+    if options.to is not None:
+        results.write(options.to)
 
 
 def _is_wanted(contender: Contender, options: argparse.Namespace) -> bool:
@@ -112,6 +113,11 @@ def arguments() -> argparse.Namespace:
             f"--{effort}", dest="effort", action="store_const", const=effort, help=help_text
         )
     parser.set_defaults(effort="full")
+    parser.add_argument(
+        "--budget",
+        action="store_true",
+        help="only what decides, repom and the code by hand on the bare host: a second machine",
+    )
     parser.add_argument("--case", action="append", choices=cases.CASES)
     parser.add_argument("--database", action="append", choices=databases.KINDS)
     parser.add_argument("--host", action="append", choices=HOSTS)
@@ -120,13 +126,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="only write the report again")
     options = parser.parse_args()
     # What has measured everything, with time, is written to docs/.
-    options.write = not (
-        options.effort == "quick"
-        or options.case
-        or options.database
-        or options.host
-        or options.contender
-    )
+    options.to = RESULTS
+    if options.budget:
+        options.to = BUDGET
+        options.case, options.host, options.contender = list(budget.CASES), ["asgi"], ["repom"]
+    elif options.case or options.database or options.host or options.contender:
+        options.to = None
+    if options.effort == "quick":
+        options.to = None
     options.case = options.case or cases.CASES
     options.database = options.database or databases.KINDS
     options.host = options.host or HOSTS
@@ -136,10 +143,12 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Run, print the tables, and write them to docs/ if nothing was left out."""
     options = arguments()
-    results = Results.read(RESULTS) if options.report else asyncio.run(run(options))
+    results = Results.read(options.to or RESULTS) if options.report else asyncio.run(run(options))
     print(report.text(results))
-    if options.write:
+    if options.to == RESULTS:
         report.write(results, DOCS)
+    elif options.to == BUDGET:
+        report.write_budget(results, DOCS)
 
 
 if __name__ == "__main__":

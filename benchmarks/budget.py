@@ -11,6 +11,9 @@ from benchmarks.results import Results, Row
 from benchmarks.statistics import spread
 from benchmarks.tables import TITLES, ratio, section, title
 
+#: What there is a budget for.
+CASES = ("nothing", "select", "insert", "memory", "instructions")
+
 
 class Budget(NamedTuple):
     """What repom may cost more than hand-written code: a factor, or seconds on top."""

@@ -40,6 +40,13 @@ def write(results: Results, docs: Path) -> None:
     plots.growth(results, folder / "concurrency.svg")
 
 
+def write_budget(results: Results, docs: Path) -> None:
+    """The decisive table of a second machine."""
+    (docs / "_benchmarks" / "budget.md").write_text(
+        "\n".join([about(results), *budget.table(results)])
+    )
+
+
 def about(results: Results) -> str:
     """When, where, with what."""
     common = dict(results.environments.get("repom", {}))
