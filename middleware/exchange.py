@@ -187,7 +187,7 @@ class Exchange:
         kind, progress = message["type"], self._progress
         if progress is NOTHING and kind == "http.response.start":
             headers = message.get("headers")
-            if type(headers) is list:  # what is read only once is not for us to look at later
+            if type(headers) is list:  # and no iterator, which the server reads
                 # Not the message, which layers outside of us may change.
                 self._start, self._progress = (message["status"], headers), STARTED
         elif (

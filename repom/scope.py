@@ -57,7 +57,7 @@ class SessionScope:
         label: what it is, for logs: its `str()` is "POST /articles", or a name.
 
     Attributes:
-        options: how it is made, like its `label`.
+        options: as given, like `label`.
         parent: the scope inside which this one was opened, if any.
         observer: who has to know what the database says in it, if anybody.
         branches: those of a unit of work that ends by a two-phase commit; set by its owner.
