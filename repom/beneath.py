@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, CursorResult, NestedTransaction, TextClause
+from sqlalchemy import Connection, CursorResult, Engine, NestedTransaction, TextClause
 from sqlalchemy.engine.cursor import BufferedRowCursorFetchStrategy
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import await_only
@@ -115,10 +115,20 @@ _ENDS_BY_HAND = re.compile(
 )
 
 
+def manage_connections(engine: Engine) -> None:
+    """Let the connections of `engine` be such that a session can manage them.
+
+    They can be made so later. But Python finds the attributes of an object faster that has been
+    of one class all the time.
+    """
+    known: Any = engine
+    known._connection_cls = _managed(known._connection_cls)
+
+
 def manage_connection(connection: Any, session: Any) -> None:
     """Let what is done with `connection` pass the gate of `session`, which has begun on it."""
-    # Not by the engine, which makes connections for others, too.
-    connection.__class__ = _managed(connection.__class__)
+    if not hasattr(connection, "repom_is_managed"):  # of an engine that is not ours, for instance
+        connection.__class__ = _managed(connection.__class__)
     connection.repom_session = session
 
 
@@ -126,6 +136,8 @@ def _operation(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def operation(self: Any, *args: Any, **kwargs: Any) -> Any:
         session = self.repom_session
+        if session is None:
+            return method(self, *args, **kwargs)
         # Nearly always it is called by an operation of the session, which is inside.
         entered = not session.repom_gate.is_nested and _enter(session)
         try:
@@ -140,8 +152,10 @@ def _operation(method: Callable[..., Any]) -> Callable[..., Any]:
 def _execution(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def execution(self: Any, statement: Any, *args: Any, **kwargs: Any) -> Any:
-        _refuse_by_hand(self, statement)
         session = self.repom_session
+        if session is None:
+            return method(self, statement, *args, **kwargs)
+        _refuse_by_hand(session, statement)
         entered = not session.repom_gate.is_nested and _enter(session)
         try:
             cursors: Cursors = session.repom_cursors
@@ -163,7 +177,9 @@ def _execution(method: Callable[..., Any]) -> Callable[..., Any]:
 def _end_of_transaction(method: Callable[[Any], None]) -> Callable[[Any], None]:
     @functools.wraps(method)
     def end(self: Any) -> None:
-        self.repom_session.repom_cursors.close()
+        session = self.repom_session
+        if session is not None:
+            session.repom_cursors.close()
         method(self)
 
     return end
@@ -171,7 +187,11 @@ def _end_of_transaction(method: Callable[[Any], None]) -> Callable[[Any], None]:
 
 def _commit(self: Any) -> None:
     """What `commit()` of the session means, which may have done more on the connection."""
-    policy = self.repom_session.repom_inner_commits
+    session = self.repom_session
+    if session is None:
+        Connection.commit(self)
+        return
+    policy = session.repom_inner_commits
     if policy == "forbid":
         raise commit_forbidden("commit")
     if policy == "allow":
@@ -190,6 +210,8 @@ def commit_forbidden(method: str) -> InnerCommitError:
 
 def _begin_nested(self: Any) -> NestedTransaction:
     session = self.repom_session
+    if session is None:
+        return Connection.begin_nested(self)
     begin = functools.partial(Connection.begin_nested, self)
     # The session's own savepoint is a block already.
     return begin() if session.repom_gate.is_mine else inside(session, begin_block, session, begin)
@@ -197,6 +219,7 @@ def _begin_nested(self: Any) -> NestedTransaction:
 
 _MANAGED: dict[str, Any] = {
     "repom_is_managed": True,
+    "repom_session": None,  # the one that has begun on it
     **{name: _operation(getattr(Connection, name)) for name in _OPERATIONS},
     **{name: _execution(getattr(Connection, name)) for name in _EXECUTIONS},
     "begin_nested": _begin_nested,
@@ -209,7 +232,7 @@ _MANAGED: dict[str, Any] = {
 
 @functools.cache
 def _managed(base: Any) -> Any:
-    """The managed twin of a class of connections: some engines have one of their own."""
+    """The class of connections that a session can manage: some engines have one of their own."""
     if hasattr(base, "repom_is_managed"):
         return base
     return type(f"Managed{base.__name__}", (base,), _MANAGED)
@@ -220,13 +243,13 @@ def ends_by_hand(sql: str) -> bool:
     return _ENDS_BY_HAND.match(sql) is not None
 
 
-def _refuse_by_hand(connection: Any, statement: Any) -> None:
+def _refuse_by_hand(session: Any, statement: Any) -> None:
     sql = statement.text if isinstance(statement, TextClause) else statement
     if not isinstance(sql, str):
         return
-    if connection.repom_session.repom_reads_only and makes_writable(sql):
+    if session.repom_reads_only and makes_writable(sql):
         raise ReadOnlyError(
-            f"{connection.repom_session.repom_label} only reads (`read_only`), and {sql.strip()!r} "
+            f"{session.repom_label} only reads (`read_only`), and {sql.strip()!r} "
             "would let its connection write, and that of whoever gets it next.\n"
             "Write in a unit of work of its own: `async with session_scope() as session:`."
         )

@@ -13,9 +13,11 @@ from sqlalchemy import URL, Engine, create_engine
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from repom.begin import BeginOptions
+from repom.beneath import manage_connections
 from repom.dialects import Begin, Support, support_for
 from repom.dialects.read_only import snapshot_engine
 from repom.dialects.sqlite import immediate_engine, is_sqlite, private_memory, queueing_engine
+from repom.dialects.variants import variant_of
 from repom.urls import parse_url, require_driver, to_async, to_sync
 
 
@@ -61,6 +63,7 @@ class EngineFactory:
         support = self.async_support()
         engine = create_async_engine(support.url, **self._create_kwargs(support, engine_kwargs))
         support.install(engine.sync_engine)
+        manage_connections(engine.sync_engine)
         return engine
 
     def new_engine(self, **engine_kwargs: Any) -> Engine:
@@ -68,6 +71,7 @@ class EngineFactory:
         support = self.sync_support()
         engine = create_engine(support.url, **self._create_kwargs(support, engine_kwargs))
         support.install(engine)
+        manage_connections(engine)
         return engine
 
     def variant(self, engine: Engine, options: BeginOptions) -> Engine:
@@ -84,7 +88,7 @@ class EngineFactory:
     def beginning(self, engine: Engine, options: BeginOptions) -> Engine:
         """The same, for connections that are there already."""
         if options.isolation_level is not None:
-            engine = engine.execution_options(isolation_level=options.isolation_level)
+            engine = variant_of(engine, isolation_level=options.isolation_level)
         if self.is_sqlite and self.sqlite_begin is None and options.sqlite_begin == "IMMEDIATE":
             engine = immediate_engine(engine)
         return engine

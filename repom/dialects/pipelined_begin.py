@@ -13,16 +13,19 @@ anyway, and what the server says against it has to abort the transaction.
 from __future__ import annotations
 
 import functools
+import sys
+from collections.abc import Callable, Coroutine
 from typing import Any
 
+from repom.dialects.base import aborted
 from repom.errors import TransactionError
 
 #: The command tags of statements that end the transaction themselves.
 _ENDS = frozenset({"COMMIT", "ROLLBACK", "PREPARE TRANSACTION"})
 
 # Of asyncpg's connection and its protocol, beside what is public.
-_OF_CONNECTION = ("_protocol", "_top_xact", "_transport")
-_OF_PROTOCOL = ("_is_cancelling", "close_portal")
+_OF_CONNECTION = ("_protocol", "_query_loggers", "_top_xact", "_transport")
+_OF_PROTOCOL = ("_is_cancelling", "close_portal", "query")
 
 
 def pipeline_begin(dbapi_connection: Any) -> None:
@@ -59,134 +62,159 @@ def _pipelining_cursor(base: Any) -> Any:
     class PipeliningCursor(base):  # type: ignore[misc]
         __slots__ = ()
 
-        async def _prepare_and_execute(self, operation: str, parameters: Any) -> None:
+        def _prepare_and_execute(
+            self, operation: str, parameters: Any
+        ) -> Coroutine[Any, Any, None]:
             cursor: Any = self
+            execute = super()._prepare_and_execute
             connection = cursor._adapt_connection
-            if (
-                connection._transaction is None
-                and connection.isolation_level != "autocommit"
-                and connection._prepared_statement_cache
-            ):
+            if connection._transaction is None and connection.isolation_level != "autocommit":
                 since = cursor._invalidate_schema_cache_asof
-                cursor._adapt_connection = _Beginning(connection, operation, since)
-            try:
-                await super()._prepare_and_execute(operation, parameters)
-            finally:
-                cursor._adapt_connection = connection  # what it executes next begins nothing
+                return _begin_and_execute(connection, since, execute, operation, parameters)
+            return execute(operation, parameters)  # type: ignore[no-any-return]
 
     return PipeliningCursor
 
 
-class _Beginning:
-    """What a cursor takes for its connection, and for its statement, to begin a transaction.
-
-    The cursor calls all of it while it holds the connection's mutex.
+async def _begin_and_execute(
+    known: Any,
+    since: float,
+    execute: Callable[..., Coroutine[Any, Any, None]],
+    operation: str,
+    parameters: Any,
+) -> None:
+    """Execute the first statement of a transaction.
 
     Args:
-        connection: SQLAlchemy's.
-        operation: the statement.
+        known: SQLAlchemy's connection.
         since: a statement that was prepared before that time is prepared again.
+        execute: what SQLAlchemy's cursor does. It begins the transaction, if none has begun.
+        operation: the statement.
+        parameters: of the statement.
     """
-
-    _started = False  # for SQLAlchemy 2.0
-    _transaction = None  # and for 2.1
-    _statement: Any = None
-
-    def __init__(self, connection: Any, operation: str, since: float) -> None:
-        self._known = connection
-        self._driver = connection._connection
-        self._execute_mutex = connection._execute_mutex
-        self._operation = operation
-        self._since = since
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._known, name)
-
-    async def _start_transaction(self) -> None:
-        prepared = self._known._prepared_statement_cache.get(self._operation)
-        if prepared is not None and prepared[2] > self._since:
-            self._statement = prepared[0]
-        else:
-            await self._known._start_transaction()
-
-    async def _prepare(self, operation: str, since: float) -> tuple[Any, Any]:
-        statement, attributes = await self._known._prepare(operation, since)
-        return (statement if self._statement is None else self), attributes
-
-    def get_statusmsg(self) -> Any:
-        return self._statement.get_statusmsg()
-
-    async def fetch(self, *parameters: Any) -> Any:
-        """Execute the statement, with BEGIN before it."""
-        driver, statement = self._driver, self._statement
-        if not self._can_send():
-            await self._known._start_transaction()
-            return await statement.fetch(*parameters)
-        begin = self._send_begin()
-        try:
-            rows = await statement.fetch(*parameters)
-        except BaseException as error:
-            if not begin.is_written:  # nor is the statement
-                begin.take_back()
-                self._begun(None)
-            # After the others SQLAlchemy gives up the connection.
-            if isinstance(error, Exception) and not isinstance(error, TimeoutError):
-                await self._settle()
-            raise
-        if not (
-            driver.is_closed() or driver.is_in_transaction() or statement.get_statusmsg() in _ENDS
-        ):
-            self._begun(None)
-            raise TransactionError(
-                "the server did not begin a transaction, and has executed a statement outside "
-                "of one.\nIf a pooler stands before it, write pgbouncer=True."
-            )
-        return rows
-
-    def _can_send(self) -> bool:
-        """Whether the statement can follow at once, and nobody has begun a transaction by hand."""
-        driver = self._driver
-        return not (
-            driver._top_xact is not None
-            or driver.is_closed()
-            or driver._protocol.is_in_transaction()
-            or driver._protocol._is_cancelling()
+    statement = _prepared(known, operation, since)
+    if statement is None or not _can_send(known):
+        await execute(operation, parameters)
+        return
+    driver = known._connection
+    begin = _send_begin(known)
+    try:
+        await execute(operation, parameters)
+    except BaseException as error:
+        if not begin.is_written:  # nor is the statement
+            begin.take_back()
+            _begun(known, None)
+        # After the others SQLAlchemy gives up the connection.
+        if isinstance(error, Exception) and not isinstance(error, TimeoutError):
+            await _settle(known)
+        raise
+    if not (driver.is_in_transaction() or driver.is_closed() or statement.get_statusmsg() in _ENDS):
+        _begun(known, None)
+        raise TransactionError(
+            "the server did not begin a transaction, and has executed a statement outside "
+            "of one.\nIf a pooler stands before it, write pgbouncer=True."
         )
 
-    def _send_begin(self) -> _BeforeTheNext:
-        known, driver = self._known, self._driver
-        options = known.isolation_level, known.readonly, known.deferrable
-        transaction = driver.transaction(
-            isolation=options[0], readonly=options[1], deferrable=options[2]
-        )
-        transaction._state = type(transaction._state).STARTED
-        self._begun(transaction)
-        return _BeforeTheNext(driver._transport, _begin(*options))
 
-    async def _settle(self) -> None:
-        """Be in the transaction that the statement would have failed in.
+def _prepared(known: Any, operation: str, since: float) -> Any:
+    """The statement, if it is prepared and will be executed as it is."""
+    cache = known._prepared_statement_cache
+    prepared = cache.get(operation) if cache else None
+    if prepared is None or not prepared[2] > since or since > known._invalidate_schema_cache_asof:
+        return None
+    return prepared[0]
 
-        If it has not told, it was not sent behind BEGIN, so that there was no Sync yet, or BEGIN
-        has failed. What is asked here is nothing; the Sync behind it counts.
-        """
-        driver = self._driver
-        if driver.is_closed() or driver.is_in_transaction():
-            return
-        if self._known._transaction is None:  # neither has left
-            await self._known._start_transaction()
+
+def _can_send(known: Any) -> bool:
+    """Whether the statement can follow at once, and nobody has begun a transaction by hand."""
+    driver = known._connection
+    protocol = driver._protocol
+    return not (
+        known._transaction is not None  # begun meanwhile
+        or known._execute_mutex.locked()
+        or driver._top_xact is not None
+        or driver.is_closed()
+        or protocol.is_in_transaction()
+        or protocol._is_cancelling()
+    )
+
+
+def _send_begin(known: Any) -> _BeforeTheNext:
+    driver = known._connection
+    options = known.isolation_level, known.readonly, known.deferrable
+    transaction = _begun_class(known.dbapi.asyncpg.transaction.Transaction)
+    _begun(known, transaction(driver, *options))
+    return _BeforeTheNext(driver._transport, _begin(*options))
+
+
+def _begun(known: Any, transaction: Any) -> None:
+    known._connection._top_xact = known._transaction = transaction
+    if hasattr(known, "_started"):  # SQLAlchemy 2.0
+        known._started = transaction is not None
+
+
+async def _settle(known: Any) -> None:
+    """Be in the transaction that the statement would have failed in.
+
+    If it has not told, it was not sent behind BEGIN, so that there was no Sync yet, or BEGIN
+    has failed. What is asked here is nothing; the Sync behind it counts.
+    """
+    driver = known._connection
+    if driver.is_closed() or driver.is_in_transaction():
+        return
+    # Should others be waiting to execute something, it must not be before that is known.
+    transaction = known._transaction
+    _begun(known, None)
+    async with known._execute_mutex:
+        if transaction is None:  # neither has left
+            if known._transaction is None:
+                await known._start_transaction()
             return
         try:
             await driver._protocol.close_portal("", None)
         except BaseException:  # so that nobody knows what is open on it, and unread
             driver.terminate()
             raise
-        if not driver.is_in_transaction():
-            self._begun(None)
+        if driver.is_in_transaction() and known._transaction is None:
+            _begun(known, transaction)
 
-    def _begun(self, transaction: Any) -> None:
-        self._driver._top_xact = self._known._transaction = transaction
-        if hasattr(self._known, "_started"):  # SQLAlchemy 2.0
-            self._known._started = transaction is not None
+
+@functools.cache
+def _begun_class(base: Any) -> Any:
+    """asyncpg's transaction as one that has begun, and whose COMMIT is one coroutine, not four.
+
+    Each of them would lie on the stack, and take memory, while the database commits.
+    """
+    states = sys.modules[base.__module__].TransactionState
+    STARTED, COMMITTED, FAILED = states.STARTED, states.COMMITTED, states.FAILED  # noqa: N806
+
+    class BegunTransaction(base):  # type: ignore[misc]
+        __slots__ = ()
+
+        def __init__(self, driver: Any, *options: Any) -> None:
+            super().__init__(driver, *options)
+            self._state = STARTED  # type: ignore[misc]
+
+        async def commit(self) -> None:
+            driver: Any = self._connection
+            if (
+                self._state is not STARTED
+                or driver._top_xact is not self
+                or driver._query_loggers
+                or driver.is_closed()
+            ):
+                await super().commit()
+                return
+            driver._top_xact = None
+            try:
+                if await driver._protocol.query("COMMIT;", None) == "ROLLBACK":
+                    raise aborted()
+            except BaseException:
+                self._state = FAILED
+                raise
+            self._state = COMMITTED
+
+    return BegunTransaction
 
 
 class _BeforeTheNext:

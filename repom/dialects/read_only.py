@@ -18,10 +18,10 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.pool import PoolProxiedConnection
 
 from repom.dialects.base import READING, Support
-from repom.dialects.marking import marking_engine
 from repom.dialects.mysql import MySQL, errno
 from repom.dialects.postgresql import PostgreSQL, sqlstate
 from repom.dialects.sqlite import SQLite, sqlite_connection
+from repom.dialects.variants import marking_engine
 from repom.errors import ReadOnlyError
 
 # Keys of `PoolProxiedConnection.info`.

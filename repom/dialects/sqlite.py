@@ -28,7 +28,7 @@ from sqlalchemy.util import asbool, await_only
 from repom.context import Surroundings, surroundings
 from repom.dialects.aiosqlite_cursor import execute_in_one_step
 from repom.dialects.base import Support
-from repom.dialects.marking import marking_engine
+from repom.dialects.variants import marking_engine, variant_of
 from repom.dialects.write_queue import Ticket, WriteQueue, write_queue
 from repom.errors import (
     ConfigurationError,
@@ -89,9 +89,8 @@ def queueing_engine(engine: Engine) -> Engine:
     Waiting with one in hand, they would keep it from the readers, and from the writer itself
     when that wants a second one.
     """
-    variant: Any = engine.execution_options()
+    variant = variant_of(engine)
     variant.__class__ = _QueueingEngine
-    variant._connection_cls = engine._connection_cls
     return variant  # type: ignore[no-any-return]
 
 
