@@ -62,16 +62,28 @@ class Exchange:
         commit_on: the policy.
         asgi_scope: the request.
         send: sends to the client.
+
+    Attributes:
+        error: what has left the app, until the unit of work has ended.
     """
 
-    # What most requests do not need is set when it is needed.
-    #: Whether the response commits, once the policy was asked.
-    _commit: bool | None = None
-    #: What the client is not to have before the app has read its cursor.
-    _held: Message | None = None
-    #: Whether there was a COMMIT, and the type of what has left last, if anything since.
-    _committed = False
-    _last_sent = ""
+    __slots__ = (
+        "_asgi_scope",
+        "_commit",
+        "_commit_on",
+        "_committed",
+        "_failure",
+        "_held",
+        "_last_sent",
+        "_progress",
+        "_response",
+        "_send",
+        "_start",
+        "_turn",
+        "_unit",
+        "_untold",
+        "error",
+    )
 
     def __init__(
         self, unit: SessionScope, commit_on: CommitOn, asgi_scope: Scope, send: Send
@@ -80,6 +92,7 @@ class Exchange:
         self._commit_on = commit_on
         self._asgi_scope = asgi_scope
         self._send = send
+        self.error: BaseException | None = None
         self._progress = NOTHING
         #: The status and headers that have left, of a request that had used no session by then.
         self._start: tuple[int, Headers] | None = None
@@ -87,30 +100,83 @@ class Exchange:
         self._response: Response | None = None
         #: Made with the first message that may have to wait for something.
         self._turn: Turn | None = None
+        #: Whether the response commits, once the policy was asked.
+        self._commit: bool | None = None
+        #: What the client is not to have before the app has read its cursor.
+        self._held: Message | None = None
+        #: The start of the response that leaves with its COMMIT, until it has.
+        self._untold: Message | None = None
         #: The error of the COMMIT that failed, until an error response has started.
         self._failure: Exception | None = None
+        #: Whether there was a COMMIT, and the type of what has left last, if anything since.
+        self._committed = False
+        self._last_sent = ""
 
     async def run(self, app: ASGIApp, receive: Receive) -> None:
-        """Run `app` in the unit of work, and end that in every case."""
-        unit = self._unit
-        unit.enter()
+        """Run `app` in the unit of work, and end that in every case.
+
+        Raises:
+            BaseException: what has left the app, or why the unit of work could not end.
+        """
+        self.begin()
+        try:
+            await app(self._asgi_scope, receive, self.send)
+        except BaseException as error:
+            self.error = error
+        if not self.has_ended():
+            await self.end(app, receive)
+
+    def begin(self) -> None:
+        """Enter the unit of work."""
+        self._unit.enter()
+
+    def has_ended(self) -> bool:
+        """End it after the app has ended, if nothing has to be awaited or raised for that.
+
+        Returns:
+            Whether it has ended. If not, it is to be ended by `end`.
+        """
+        turn, progress = self._turn, self._progress
+        if (
+            self.error is not None
+            or self._failure is not None
+            or (turn is not None and turn.is_taken)
+            or (self._committed and self._last_sent == "http.response.start")
+        ):
+            return False
+        self._progress = OVER
+        if not finish.close_if_settled(self._unit):
+            self._progress = progress
+            return False
+        self._unit.leave()
+        return True
+
+    async def end(self, app: ASGIApp, receive: Receive) -> None:
+        """End it after the app has ended.
+
+        Args:
+            app: what was run, and answers for a COMMIT that has failed.
+            receive: of the request.
+
+        Raises:
+            BaseException: what has left the app, or why the unit of work could not end.
+        """
+        unit, turn = self._unit, self._turn
         try:
             try:
-                try:
-                    await app(self._asgi_scope, receive, self.send)
-                finally:
-                    turn = self._turn
-                    if turn is not None and turn.is_taken:
-                        # A task is about to answer, though the app that started it has ended.
-                        # What it answers is being committed, and whoever is outside answers
-                        # otherwise.
-                        await run_to_end(_wait_for(turn), limit=unit.options.end_timeout)
-            except Exception as error:
+                if turn is not None and turn.is_taken:
+                    # A task is about to answer, though the app that started it has ended.
+                    # What it answers is being committed, and whoever is outside answers
+                    # otherwise.
+                    await run_to_end(_wait_for(turn), limit=unit.options.end_timeout)
+                if self.error is not None:
+                    raise self.error
+            except Exception as left:
                 if self._failure is None:
                     raise
                 # What leaves the app is often about what COMMIT's failure did to it
                 # ("response already started"). The failure itself counts.
-                logger.debug("%s left the app after its COMMIT had failed", type(error).__name__)
+                logger.debug("%s left the app after its COMMIT had failed", type(left).__name__)
             if self._failure is not None:
                 await self._answer_failure(app, receive)
         except BaseException:
@@ -126,13 +192,12 @@ class Exchange:
                 await self._finish(complete=complete)
         finally:
             unit.leave()
-            if unit.is_used:
-                # Its traceback leads back here. Without this the request would wait, with all
-                # that its frames hold, for the garbage collector.
-                self._failure = None
-                self._held = None
-                if self._committed and self._last_sent == "http.response.start":
-                    await self._begin_body()
+            # Their tracebacks lead back here. Without this the request would wait, with all that
+            # its frames hold, for the garbage collector.
+            self.error = self._failure = None
+            self._held = self._untold = None
+            if self._committed and self._last_sent == "http.response.start":
+                await self._begin_body()
 
     async def send(self, message: Message) -> None:
         """The `send` of the app."""
@@ -159,7 +224,18 @@ class Exchange:
             await turn.take()
             ends = unit.has_work
         try:
-            is_due = await self._end_before(message, ends)
+            step = self._take_after_failure(message, ends)
+            if step is BEFORE or step is CONTINUES:
+                # What comes while something is held is for a client that has nothing more to get.
+                is_due = self._held is None
+            elif self._has_to_end_before(step):
+                is_due = await self._end_before(message, step)
+            elif self._is_all_there_is(step):
+                self._held = self._held or message
+                is_due = False
+            else:
+                self._goes(step)
+                is_due = True
         finally:
             turn.leave()
         if not is_due:
@@ -252,58 +328,45 @@ class Exchange:
 
     # --- ending
 
-    async def _end_before(self, message: Message, ends: bool) -> bool:
-        """End the open transaction if `message` may leave only after that.
-
-        Returns:
-            Whether it is to leave now, with what was held before it.
-        """
+    def _take_after_failure(self, message: Message, ends: bool) -> Step:
         if self._failure is not None and not self._may_follow_failure(message):
             raise self._failure
-        step = self._take(message, ends)
-        if step is BEFORE or step is CONTINUES:
-            # What comes while something is held is for a client that has nothing more to get.
-            return self._held is None
-        reached = COMPLETE if step is COMPLETES else STARTED
+        return self._take(message, ends)
+
+    def _has_to_end_before(self, step: Step) -> bool:
+        """Whether the transaction ends before it; if not, the app still reads from a cursor."""
         assert self._response is not None
-        if self._response.has_ended or not self._unit.has_open_cursor:
-            if await self._end_with(message, reached):
-                return False
-        elif step is COMPLETES or self._response.has_no_body:
-            self._held = self._held or message
-            return False
+        return self._response.has_ended or not self._unit.has_open_cursor
+
+    def _is_all_there_is(self, step: Step) -> bool:
+        """Whether the client has the complete response with it."""
+        assert self._response is not None
+        return step is COMPLETES or self._response.has_no_body
+
+    def _goes(self, step: Step) -> None:
         if step is STARTS:
             self._failure = None  # if there was one, this is the answer to it
-        self._progress = reached
-        return True
+        self._progress = COMPLETE if step is COMPLETES else STARTED
 
-    async def _end_with(self, message: Message, reached: Progress) -> bool:
+    async def _end_before(self, message: Message, step: Step) -> bool:
         """End the open transaction as the response decides; a failed COMMIT is remembered.
 
         Returns:
-            Whether `message` has left. The start of a response tells of a COMMIT. Cancelled while
-            the connection is congested, it would be lost, and the server would answer with an
-            error. So it leaves in the same ending as the COMMIT.
+            Whether `message` is to leave now. The start of a response tells of a COMMIT. Cancelled
+            while the connection is congested, it would be lost, and the server would answer with
+            an error. So it leaves in the same ending as the COMMIT, and has left by now.
         """
-        has_left = False
-
-        async def tell() -> None:
-            nonlocal has_left
-            has_left = self._committed = True
-            self._failure = None
-            self._progress = reached
-            await self._send_due(message)
-
         commit = self._commits()
-        then = tell if commit and reached is STARTED else None
+        self._untold = message if commit and step is STARTS else None
+        then = None if self._untold is None else self._tell
         try:
             await finish.end(self._unit, commit=commit, then=then)
         except Exception as error:
-            if not has_left:
+            if then is None or self._untold is not None:
                 self._fail(error)
             raise
         except asyncio.CancelledError as cancelled:
-            if has_left:
+            if then is not None and self._untold is None:
                 raise
             # COMMIT runs to its end all the same, and may have failed. An app that swallows
             # the cancellation must not send its 2xx after that.
@@ -313,11 +376,22 @@ class Exchange:
                 # It has ended as this message says. An answer that somebody else gives for the
                 # cancelled request, such as a 504, would be a lie from now on.
                 self._committed = commit
-                self._progress = reached
+                self._progress = COMPLETE if step is COMPLETES else STARTED
                 await self._send_to_end(message)
             raise
         self._committed = commit
-        return has_left
+        if then is not None and self._untold is None:
+            return False
+        self._goes(step)
+        return True
+
+    async def _tell(self) -> None:
+        """Send the start of the response, right after its COMMIT."""
+        message, self._untold = self._untold, None
+        assert message is not None
+        self._committed = True
+        self._goes(STARTS)
+        await self._send_due(message)
 
     async def _send_due(self, message: Message) -> None:
         """Send what was held, and then `message`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any, get_args
@@ -125,9 +125,9 @@ class DatabaseSessionMiddleware:
         self.inner_commits: InnerCommits = inner_commits
         self.end_timeout = end_timeout
         self.own_writes: CarriedBy | None = own_writes
-        self._exchange: Any = Exchange
+        self._replaying: Callable[..., Replay] | None = None
         if retries:
-            self._exchange = partial(
+            self._replaying = partial(
                 Replay, retries=retries, retry_on=retry_on, body_limit=retry_body_limit
             )
         self.two_phase = two_phase
@@ -177,14 +177,29 @@ class DatabaseSessionMiddleware:
                     await self._connect(scope, receive, send)
                 elif self._carries_writes:
                     await self._serve_knowing(scope, receive, send)
+                elif self._replaying is not None:
+                    await self._serve(scope, receive, send)
                 else:
-                    await self._exchange_for(scope, send).run(self.app, receive)
+                    # As `Exchange.run` does. But a coroutine more would be on the stack, and take
+                    # its memory, whenever the app waits.
+                    exchange = Exchange(self._unit_for(scope), self.commit_on, scope, send)
+                    exchange.begin()
+                    try:
+                        await self.app(scope, receive, exchange.send)
+                    except BaseException as error:
+                        exchange.error = error
+                    if not exchange.has_ended():
+                        await exchange.end(self.app, receive)
             finally:
                 # What is served with this dict next, by a layer that tries again, is another
                 # unit of work.
                 scope.pop(SCOPE_KEY, None)
 
-    def _exchange_for(self, scope: Scope, send: Send) -> Exchange | Replay:
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        kind = self._replaying or Exchange
+        await kind(self._unit_for(scope), self.commit_on, scope, send).run(self.app, receive)
+
+    def _unit_for(self, scope: Scope) -> SessionScope:
         method = scope["method"]
         options = self._safe if method in SAFE_METHODS else self._unsafe
         if self.read_only:
@@ -195,8 +210,7 @@ class DatabaseSessionMiddleware:
         if self.two_phase and not options.begin.read_only:
             unit.branches = Branches(options.databases)
         scope[SCOPE_KEY] = unit
-        exchange: Exchange | Replay = self._exchange(unit, self.commit_on, scope, send)
-        return exchange
+        return unit
 
     def _options(self, begin: BeginOptions) -> ScopeOptions:
         return ScopeOptions(self.databases, begin, self.inner_commits, self.end_timeout)
@@ -223,8 +237,7 @@ class DatabaseSessionMiddleware:
         own = sent_with(scope, self.own_writes)
         token = writes_here.set(own)
         try:
-            exchange = self._exchange_for(scope, telling(own, scope, send, self.own_writes))
-            await exchange.run(self.app, receive)
+            await self._serve(scope, receive, telling(own, scope, send, self.own_writes))
         finally:
             writes_here.reset(token)
 

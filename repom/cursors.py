@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import CursorResult, Dialect
@@ -28,7 +29,7 @@ class Cursors:
 
     def __init__(self) -> None:
         # Replaced and never changed: the event loop looks at it while a thread executes.
-        self._results: list[Any] = []
+        self._results: tuple[Any, ...] = ()
 
     @property
     def is_open(self) -> bool:
@@ -39,7 +40,7 @@ class Cursors:
         """Remember a result that has rows, if they have not been fetched yet."""
         # The module sqlite3 finds a row when it is asked for it, whatever the options.
         if isinstance(result.cursor, sqlite3.Cursor) or _streams(result):
-            self._results = [*self._results, result]
+            self._results = (*self._results, result)
 
     def make_way(self, statement: Any, dialect: Dialect) -> None:
         """Let go of what nobody can read any more; a statement is about to be executed.
@@ -55,7 +56,7 @@ class Cursors:
                 readable.append(result)
             else:
                 result.close()
-        self._results = readable
+        self._results = tuple(readable)
         if readable and dialect.name in _ONE_AT_A_TIME:
             if not isinstance(statement, RollbackToSavepointClause):
                 raise OpenCursorError(
@@ -72,7 +73,7 @@ class Cursors:
         a transaction that has ended."""
         if not self._results:
             return
-        results, self._results = self._results, []
+        results, self._results = self._results, ()
         for result in results:
             if not _is_beyond_closing(result):
                 result.close()
@@ -97,10 +98,10 @@ def _is_beyond_closing(result: CursorResult[Any]) -> bool:
     return connection.invalidated and not connection.dialect.driver.startswith("psycopg")
 
 
-def _references(results: list[Any]) -> list[int]:
+def _references(results: Sequence[Any]) -> list[int]:
     # Results take no weak references, so the strong ones are counted.
     return [sys.getrefcount(result) for result in results]
 
 
-#: So many are those of the list, and of the counting itself.
+#: So many are those of the sequence, and of the counting itself.
 _OURS = _references([object()])[0]

@@ -33,7 +33,7 @@ from repom.beneath import (
 from repom.blocks import Visitor
 from repom.callbacks import TOLD_BY_THE_OWNER, Callbacks
 from repom.cursors import Cursors
-from repom.dialects.base import CLOSED_BY_COMMIT, aborted
+from repom.dialects.base import CLOSED_BY_COMMIT, aborted, info_of
 from repom.ending import Action
 from repom.errors import TransactionError
 from repom.gate import Gate, block_not_left
@@ -265,7 +265,7 @@ def _abandon(session: Any) -> None:
 
 def _after_begin(session: Any, transaction: SessionTransaction, connection: Any) -> None:
     manage_connection(connection, session)
-    connection.info[CLOSED_BY_COMMIT] = True
+    info_of(connection.connection)[CLOSED_BY_COMMIT] = True
 
 
 def _before_attach(session: Any, instance: object) -> None:

@@ -70,26 +70,46 @@ class SessionScope:
         participants: what takes part in it, in the order in which it is to commit.
     """
 
-    # Most requests need little of this. It is set when it is needed, and not for each of them.
-    parent: Surroundings | None = None
-    observer: Observer | None = None
-    branches: Branches | None = None
-    attempt = 1
-    callbacks: Callbacks = NONE_REGISTERED
+    __slots__ = (
+        "__weakref__",
+        "_async_sessions",
+        "_loop",
+        "_mutex",
+        "_rollback_only",
+        "_state",
+        "_sync_sessions",
+        "_token",
+        "attempt",
+        "branches",
+        "callbacks",
+        "is_used",
+        "label",
+        "observer",
+        "options",
+        "parent",
+        "participants",
+        "turn",
+    )
+
     turn: Turn
-    participants: tuple[Participant, ...] = ()
-    # By what was asked for, so that `current_session()` is one look-up.
-    _async_sessions: Mapping[str | Database, AsyncSession] = _NOTHING
-    _sync_sessions: Mapping[str | Database, Session] = _NOTHING
-    _loop: asyncio.AbstractEventLoop | None = None
-    _rollback_only = False
-    _state = OPEN
-    _token: Token[Surroundings | None] | None = None
 
     def __init__(self, options: ScopeOptions, label: object) -> None:
         self.options = options
         self.label = label
+        self.parent: Surroundings | None = None
+        self.observer: Observer | None = None
+        self.branches: Branches | None = None
+        self.attempt = 1
         self.is_used = False
+        self.callbacks: Callbacks = NONE_REGISTERED
+        self.participants: tuple[Participant, ...] = ()
+        # By what was asked for, so that `current_session()` is one look-up.
+        self._async_sessions: Mapping[str | Database, AsyncSession] = _NOTHING
+        self._sync_sessions: Mapping[str | Database, Session] = _NOTHING
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._rollback_only = False
+        self._state = OPEN
+        self._token: Token[Surroundings | None] | None = None
         # Of its own: another one may be used by what the garbage collector finalizes meanwhile.
         self._mutex = threading.Lock()  # threads of one request may ask at the same time
 

@@ -40,6 +40,17 @@ _IS_CLEAN = "repom.is_clean"  # nothing was begun since COMMIT, so there is noth
 _QUEUE_POOL_OPTIONS = ("pool_size", "max_overflow", "pool_timeout", "pool_use_lifo")
 
 
+def info_of(connection: Any) -> dict[str, Any]:
+    """`PoolProxiedConnection.info`, without the copy of it that SQLAlchemy makes at each checkout.
+
+    Raises:
+        NotImplementedError: it has none: it is SQLAlchemy's first look at a server.
+    """
+    record = getattr(connection, "_connection_record", None)
+    found: dict[str, Any] = connection.info if record is None else record.info
+    return found
+
+
 class Support:
     """Makes engines of one dialect behave as repom promises.
 
@@ -85,7 +96,7 @@ class Support:
 
     def is_aborted(self, connection: PoolProxiedConnection) -> bool:
         """Whether the server would answer COMMIT without committing."""
-        return ABORTED_BY in connection.info
+        return ABORTED_BY in info_of(connection)
 
     def is_lost(self, driver_connection: Any) -> bool:
         """Whether the connection is known to be dead, so that COMMIT would not be sent."""
@@ -185,7 +196,7 @@ class Support:
 
     def begins(self, connection: PoolProxiedConnection) -> None:
         """Forget what was known of the transaction before the one that begins."""
-        info = connection.info
+        info = info_of(connection)
         info.pop(ABORTED_BY, None)
         info.pop(CLOSED_BY_COMMIT, None)
         info.pop(_IS_CLEAN, None)
@@ -195,7 +206,7 @@ class Support:
         # What is raised here, `_on_error` sees.
         if self.is_aborted(connection):
             raise aborted()
-        info = connection.info
+        info = info_of(connection)
         if not self.is_lost(connection.driver_connection):
             info[_COMMIT_SENT] = True
         do_commit(connection)
@@ -210,7 +221,7 @@ class Support:
     ) -> None:
         # The pool rolls back whatever comes back to it, which on MySQL is a round trip.
         try:
-            info = connection.info
+            info = info_of(connection)
         except NotImplementedError:  # SQLAlchemy's first look at a server, before its pool's
             do_rollback(connection)
             return

@@ -97,12 +97,11 @@ async def _begin_and_execute(
         await execute(operation, parameters)
         return
     driver = known._connection
-    begin = _send_begin(known)
+    _send_begin(known)
     try:
         await execute(operation, parameters)
     except BaseException as error:
-        if not begin.is_written:  # nor is the statement
-            begin.take_back()
+        if _take_back(driver._transport):  # so that the statement was not written either
             _begun(known, None)
         # After the others SQLAlchemy gives up the connection.
         if isinstance(error, Exception) and not isinstance(error, TimeoutError):
@@ -139,12 +138,12 @@ def _can_send(known: Any) -> bool:
     )
 
 
-def _send_begin(known: Any) -> _BeforeTheNext:
+def _send_begin(known: Any) -> None:
     driver = known._connection
     options = known.isolation_level, known.readonly, known.deferrable
     transaction = _begun_class(known.dbapi.asyncpg.transaction.Transaction)
     _begun(known, transaction(driver, *options))
-    return _BeforeTheNext(driver._transport, _begin(*options))
+    _write_before_the_next(driver._transport, _begin(*options))
 
 
 def _begun(known: Any, transaction: Any) -> None:
@@ -217,34 +216,30 @@ def _begun_class(base: Any) -> Any:
     return BegunTransaction
 
 
-class _BeforeTheNext:
-    """`data` that is written in one packet with what is written next.
+def _write_before_the_next(transport: Any, data: bytes) -> None:
+    """Write `data` in one packet with what is written next.
 
-    Attributes:
-        is_written: whether it was. Transports of uvloop, which send all that a turn of the loop
-            writes at once, let nothing come between, so there it is from the beginning.
+    Or at once on a transport of uvloop's, which sends all that a turn of the loop writes in one,
+    and lets nothing come between.
     """
 
-    __slots__ = ("_data", "_transport", "is_written")
+    def write(more: bytes | memoryview) -> None:
+        del transport.write
+        transport.write(b"".join((data, more)))
 
-    def __init__(self, transport: Any, data: bytes) -> None:
-        self._transport = transport
-        self._data = data
-        self.is_written = False
-        try:
-            transport.write = self._write_both
-        except AttributeError:
-            self.is_written = True
-            transport.write(data)
+    try:
+        transport.write = write
+    except AttributeError:
+        transport.write(data)
 
-    def _write_both(self, more: bytes | memoryview) -> None:
-        self.take_back()
-        self.is_written = True
-        self._transport.write(b"".join((self._data, more)))
 
-    def take_back(self) -> None:
-        """Do not write it."""
-        del self._transport.write
+def _take_back(transport: Any) -> bool:
+    """Do not write it; False if that has happened."""
+    try:
+        del transport.write
+    except AttributeError:
+        return False
+    return True
 
 
 @functools.cache
