@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 from enum import Enum
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from repom import finish
 from repom.errors import CommitOutcomeUnknown, CommitPendingError, ScopeClosedError
@@ -224,7 +225,9 @@ class Exchange:
             await turn.take()
             ends = unit.has_work
         try:
-            step = self._take_after_failure(message, ends)
+            if self._failure is not None and not self._may_follow_failure(message):
+                raise self._failure
+            step = self._take(message, ends)
             if step is BEFORE or step is CONTINUES:
                 # What comes while something is held is for a client that has nothing more to get.
                 is_due = self._held is None
@@ -275,11 +278,12 @@ class Exchange:
             self._progress = COMPLETE
         return self._progress is not progress
 
-    def _look_back(self) -> None:
-        """Make a response of what was only noted."""
-        if self._start is not None and self._response is None:
+    def _look_back(self) -> Response | None:
+        """The response so far, if it has started; also if that was only noted."""
+        if self._response is None and self._start is not None:
             self._response = self._response_of(*self._start)
             self._response.has_ended = self._progress is COMPLETE
+        return self._response
 
     def _response_of(self, status: int, headers: Headers) -> Response:
         return Response(status, headers, self._unit.label, self._asgi_scope["method"])
@@ -305,8 +309,7 @@ class Exchange:
                 "returned.\n"
                 "What was not committed then has been rolled back. Await the tasks that respond."
             )
-        self._look_back()
-        response = self._response
+        response = self._response or self._look_back()
         if response is not None:
             step = response.take(message)
             if ends and self._is_success():
@@ -327,11 +330,6 @@ class Exchange:
         return STARTS
 
     # --- ending
-
-    def _take_after_failure(self, message: Message, ends: bool) -> Step:
-        if self._failure is not None and not self._may_follow_failure(message):
-            raise self._failure
-        return self._take(message, ends)
 
     def _has_to_end_before(self, step: Step) -> bool:
         """Whether the transaction ends before it; if not, the app still reads from a cursor."""
@@ -393,11 +391,14 @@ class Exchange:
         self._goes(STARTS)
         await self._send_due(message)
 
-    async def _send_due(self, message: Message) -> None:
+    def _send_due(self, message: Message) -> Coroutine[Any, Any, None]:
         """Send what was held, and then `message`."""
-        if self._held is not None:
-            held, self._held = self._held, None
-            await self._send_next(held)
+        return self._send_next(message) if self._held is None else self._send_both(message)
+
+    async def _send_both(self, message: Message) -> None:
+        held, self._held = self._held, None
+        assert held is not None
+        await self._send_next(held)
         await self._send_next(message)
 
     async def _send_next(self, message: Message) -> None:

@@ -87,7 +87,7 @@ def close_if_settled(scope: SessionScope) -> bool:
     """
     if not scope.refuse_work():
         return True
-    if not scope.is_settled:
+    if not scope.callbacks.is_empty or not scope.is_quiet:
         return False
     for participant in scope.participants:
         participant.let_go()

@@ -307,11 +307,6 @@ class SessionScope:
         return True
 
     @property
-    def is_settled(self) -> bool:
-        """Whether it is quiet, and nobody waits for the end."""
-        return self.is_quiet and self.callbacks.is_empty
-
-    @property
     def has_open_cursor(self) -> bool:
         """Whether a result may still be read from the database."""
         for participant in self.participants:

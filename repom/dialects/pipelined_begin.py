@@ -92,8 +92,8 @@ async def _begin_and_execute(
         operation: the statement.
         parameters: of the statement.
     """
-    statement = _prepared(known, operation, since)
-    if statement is None or not _can_send(known):
+    statement = _ready(known, operation, since)
+    if statement is None:
         await execute(operation, parameters)
         return
     driver = known._connection
@@ -115,27 +115,25 @@ async def _begin_and_execute(
         )
 
 
-def _prepared(known: Any, operation: str, since: float) -> Any:
-    """The statement, if it is prepared and will be executed as it is."""
-    cache = known._prepared_statement_cache
+def _ready(known: Any, operation: str, since: float) -> Any:
+    """The prepared statement, if it will be executed as it is, and at once.
+
+    Not if somebody has begun a transaction by hand.
+    """
+    driver, cache = known._connection, known._prepared_statement_cache
     prepared = cache.get(operation) if cache else None
-    if prepared is None or not prepared[2] > since or since > known._invalidate_schema_cache_asof:
-        return None
-    return prepared[0]
-
-
-def _can_send(known: Any) -> bool:
-    """Whether the statement can follow at once, and nobody has begun a transaction by hand."""
-    driver = known._connection
-    protocol = driver._protocol
-    return not (
-        known._transaction is not None  # begun meanwhile
+    if (
+        prepared is None
+        or not prepared[2] > since
+        or known._invalidate_schema_cache_asof < since
+        or known._transaction is not None  # begun since this was called
         or known._execute_mutex.locked()
         or driver._top_xact is not None
         or driver.is_closed()
-        or protocol.is_in_transaction()
-        or protocol._is_cancelling()
-    )
+    ):
+        return None
+    protocol = driver._protocol
+    return None if protocol.is_in_transaction() or protocol._is_cancelling() else prepared[0]
 
 
 def _send_begin(known: Any) -> None:
