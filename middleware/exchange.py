@@ -105,7 +105,7 @@ class Exchange:
         self._commit: bool | None = None
         #: What the client is not to have before the app has read its cursor.
         self._held: Message | None = None
-        #: The start of the response that leaves with its COMMIT, until it has.
+        #: The start of the response that is to leave with its COMMIT, and has not yet.
         self._untold: Message | None = None
         #: The error of the COMMIT that failed, until an error response has started.
         self._failure: Exception | None = None
@@ -119,19 +119,20 @@ class Exchange:
         Raises:
             BaseException: what has left the app, or why the unit of work could not end.
         """
+        # The middleware does the same by itself, where one coroutine less matters.
         self.begin()
         try:
             await app(self._asgi_scope, receive, self.send)
         except BaseException as error:
             self.error = error
-        if not self.has_ended():
+        if not self.end_if_settled():
             await self.end(app, receive)
 
     def begin(self) -> None:
         """Enter the unit of work."""
         self._unit.enter()
 
-    def has_ended(self) -> bool:
+    def end_if_settled(self) -> bool:
         """End it after the app has ended, if nothing has to be awaited or raised for that.
 
         Returns:
@@ -146,7 +147,12 @@ class Exchange:
         ):
             return False
         self._progress = OVER
-        if not finish.close_if_settled(self._unit):
+        try:
+            is_closed = finish.close_if_settled(self._unit)
+        except BaseException:
+            self._unit.leave()
+            raise
+        if not is_closed:
             self._progress = progress
             return False
         self._unit.leave()
@@ -165,13 +171,15 @@ class Exchange:
         unit, turn = self._unit, self._turn
         try:
             try:
-                if turn is not None and turn.is_taken:
-                    # A task is about to answer, though the app that started it has ended.
-                    # What it answers is being committed, and whoever is outside answers
-                    # otherwise.
-                    await run_to_end(_wait_for(turn), limit=unit.options.end_timeout)
-                if self.error is not None:
-                    raise self.error
+                try:
+                    if self.error is not None:
+                        raise self.error
+                finally:
+                    if turn is not None and turn.is_taken:
+                        # A task is about to answer, though the app that started it has ended.
+                        # What it answers is being committed, and whoever is outside answers
+                        # otherwise.
+                        await run_to_end(_wait_for(turn), limit=unit.options.end_timeout)
             except Exception as left:
                 if self._failure is None:
                     raise
@@ -231,7 +239,7 @@ class Exchange:
             if step is BEFORE or step is CONTINUES:
                 # What comes while something is held is for a client that has nothing more to get.
                 is_due = self._held is None
-            elif self._has_to_end_before(step):
+            elif not self._is_read():
                 is_due = await self._end_before(message, step)
             elif self._is_all_there_is(step):
                 self._held = self._held or message
@@ -331,10 +339,10 @@ class Exchange:
 
     # --- ending
 
-    def _has_to_end_before(self, step: Step) -> bool:
-        """Whether the transaction ends before it; if not, the app still reads from a cursor."""
+    def _is_read(self) -> bool:
+        """Whether the app may still read from a cursor what it sends."""
         assert self._response is not None
-        return self._response.has_ended or not self._unit.has_open_cursor
+        return not self._response.has_ended and self._unit.has_open_cursor
 
     def _is_all_there_is(self, step: Step) -> bool:
         """Whether the client has the complete response with it."""
@@ -355,16 +363,16 @@ class Exchange:
             an error. So it leaves in the same ending as the COMMIT, and has left by now.
         """
         commit = self._commits()
-        self._untold = message if commit and step is STARTS else None
-        then = None if self._untold is None else self._tell
+        tells = commit and step is STARTS
+        self._untold = message if tells else None
         try:
-            await finish.end(self._unit, commit=commit, then=then)
+            await finish.end(self._unit, commit=commit, then=self._tell if tells else None)
         except Exception as error:
-            if then is None or self._untold is not None:
+            if not self._has_left(tells):
                 self._fail(error)
             raise
         except asyncio.CancelledError as cancelled:
-            if then is not None and self._untold is None:
+            if self._has_left(tells):
                 raise
             # COMMIT runs to its end all the same, and may have failed. An app that swallows
             # the cancellation must not send its 2xx after that.
@@ -378,10 +386,14 @@ class Exchange:
                 await self._send_to_end(message)
             raise
         self._committed = commit
-        if then is not None and self._untold is None:
+        if self._has_left(tells):
             return False
+        self._untold = None
         self._goes(step)
         return True
+
+    def _has_left(self, tells: bool) -> bool:
+        return tells and self._untold is None
 
     async def _tell(self) -> None:
         """Send the start of the response, right after its COMMIT."""

@@ -188,7 +188,7 @@ class DatabaseSessionMiddleware:
                         await self.app(scope, receive, exchange.send)
                     except BaseException as error:
                         exchange.error = error
-                    if not exchange.has_ended():
+                    if not exchange.end_if_settled():
                         await exchange.end(self.app, receive)
             finally:
                 # What is served with this dict next, by a layer that tries again, is another

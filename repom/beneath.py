@@ -127,7 +127,9 @@ def manage_connections(engine: Engine) -> None:
 
 def manage_connection(connection: Any, session: Any) -> None:
     """Let what is done with `connection` pass the gate of `session`, which has begun on it."""
-    if not hasattr(connection, "repom_is_managed"):  # of an engine that is not ours, for instance
+    if not hasattr(
+        connection, "repom_is_managed"
+    ):  # of a two-phase or a test's engine, or not ours
         connection.__class__ = _managed(connection.__class__)
     connection.repom_session = session
 

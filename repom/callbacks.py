@@ -56,23 +56,20 @@ class Callbacks:
     __slots__ = ("_due", "_on_commit", "_on_rollback")
 
     def __init__(self) -> None:
-        # Most requests have none.
-        self._on_commit: list[_Registered] | None = None
-        self._on_rollback: list[_Registered] | None = None
-        self._due: deque[Due] | None = None
+        self._on_commit: list[_Registered] = []
+        self._on_rollback: list[_Registered] = []
+        self._due: deque[Due] | None = None  # most requests have none
 
     def on_commit(self, callback: Callback, savepoint: SessionTransaction | None) -> None:
-        self._on_commit = self._on_commit or []
         self._on_commit.append(_register(callback, savepoint))
 
     def on_rollback(self, callback: Callback, savepoint: SessionTransaction | None) -> None:
-        self._on_rollback = self._on_rollback or []
         self._on_rollback.append(_register(callback, savepoint))
 
     def committed(self) -> None:
         """The transaction has been committed."""
         if self._on_commit or self._on_rollback:
-            committed = [registered.due for registered in self._on_commit or ()]
+            committed = [registered.due for registered in self._on_commit]
             for capture in captures:
                 capture.callbacks.extend(due.callback for due in committed)
             if all(capture.execute for capture in captures):
@@ -82,14 +79,13 @@ class Callbacks:
     def rolled_back(self) -> None:
         """The transaction has been rolled back."""
         if self._on_commit or self._on_rollback:
-            self._now_due([registered.due for registered in self._on_rollback or ()])
+            self._now_due([registered.due for registered in self._on_rollback])
             self._clear()
 
     def savepoint_rolled_back(self, savepoint: SessionTransaction) -> None:
         """The work since this savepoint has been undone, with that of savepoints inside it."""
-        registered = self._on_commit or ()
-        self._on_commit = [each for each in registered if not _inside(each.savepoint, savepoint)]
-        registered, self._on_rollback = self._on_rollback or (), []
+        self._on_commit = [r for r in self._on_commit if not _inside(r.savepoint, savepoint)]
+        registered, self._on_rollback = self._on_rollback, []
         for each in registered:
             if _inside(each.savepoint, savepoint):
                 self._now_due([each.due])
@@ -102,7 +98,7 @@ class Callbacks:
 
     def forget(self) -> int:
         """Forget those of a transaction whose outcome is not known; how many there were."""
-        count = len(self._on_commit or ()) + len(self._on_rollback or ())
+        count = len(self._on_commit) + len(self._on_rollback)
         self._clear()
         return count
 
@@ -119,7 +115,8 @@ class Callbacks:
         self._due += more
 
     def _clear(self) -> None:
-        self._on_commit = self._on_rollback = None
+        self._on_commit = []
+        self._on_rollback = []
 
     @property
     def has_due(self) -> bool:

@@ -41,10 +41,9 @@ _QUEUE_POOL_OPTIONS = ("pool_size", "max_overflow", "pool_timeout", "pool_use_li
 
 
 def info_of(connection: Any) -> dict[str, Any]:
-    """`PoolProxiedConnection.info`, without the copy of it that SQLAlchemy makes at each checkout.
+    """The dict that is `PoolProxiedConnection.info`.
 
-    Raises:
-        NotImplementedError: it has none: it is SQLAlchemy's first look at a server.
+    SQLAlchemy's own way there remembers it, for which every checkout gets a `__dict__` of its own.
     """
     record = getattr(connection, "_connection_record", None)
     found: dict[str, Any] = connection.info if record is None else record.info
@@ -220,11 +219,7 @@ class Support:
         self, do_rollback: Callable[..., None], connection: PoolProxiedConnection
     ) -> None:
         # The pool rolls back whatever comes back to it, which on MySQL is a round trip.
-        try:
-            info = info_of(connection)
-        except NotImplementedError:  # SQLAlchemy's first look at a server, before its pool's
-            do_rollback(connection)
-            return
+        info = info_of(connection)
         if not info.pop(_IS_CLEAN, False):
             info[_ROLLBACK_SENT] = True
             do_rollback(connection)

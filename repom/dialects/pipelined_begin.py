@@ -8,6 +8,8 @@ reads the answer to BEGIN as a part of the answer to the statement.
 
 Only with a statement that this connection has prepared before: to prepare one is a round trip
 anyway, and what the server says against it has to abort the transaction.
+
+A transaction that has begun so also commits in fewer steps.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Coroutine
+from types import FunctionType
 from typing import Any
 
 from repom.dialects.base import aborted
@@ -77,7 +80,7 @@ def _pipelining_cursor(base: Any) -> Any:
 
 
 async def _begin_and_execute(
-    known: Any,
+    adapted: Any,
     since: float,
     execute: Callable[..., Coroutine[Any, Any, None]],
     operation: str,
@@ -86,48 +89,48 @@ async def _begin_and_execute(
     """Execute the first statement of a transaction.
 
     Args:
-        known: SQLAlchemy's connection.
+        adapted: SQLAlchemy's connection, which adapts the driver's.
         since: a statement that was prepared before that time is prepared again.
         execute: what SQLAlchemy's cursor does. It begins the transaction, if none has begun.
         operation: the statement.
         parameters: of the statement.
     """
-    statement = _ready(known, operation, since)
+    statement = _ready(adapted, operation, since)
     if statement is None:
         await execute(operation, parameters)
         return
-    driver = known._connection
-    _send_begin(known)
+    driver = adapted._connection
+    _send_begin(adapted)
     try:
         await execute(operation, parameters)
     except BaseException as error:
         if _take_back(driver._transport):  # so that the statement was not written either
-            _begun(known, None)
+            _begun(adapted, None)
         # After the others SQLAlchemy gives up the connection.
         if isinstance(error, Exception) and not isinstance(error, TimeoutError):
-            await _settle(known)
+            await _settle(adapted)
         raise
-    if not (driver.is_in_transaction() or driver.is_closed() or statement.get_statusmsg() in _ENDS):
-        _begun(known, None)
+    if not (driver.is_closed() or driver.is_in_transaction() or statement.get_statusmsg() in _ENDS):
+        _begun(adapted, None)
         raise TransactionError(
             "the server did not begin a transaction, and has executed a statement outside "
             "of one.\nIf a pooler stands before it, write pgbouncer=True."
         )
 
 
-def _ready(known: Any, operation: str, since: float) -> Any:
+def _ready(adapted: Any, operation: str, since: float) -> Any:
     """The prepared statement, if it will be executed as it is, and at once.
 
     Not if somebody has begun a transaction by hand.
     """
-    driver, cache = known._connection, known._prepared_statement_cache
+    driver, cache = adapted._connection, adapted._prepared_statement_cache
     prepared = cache.get(operation) if cache else None
     if (
         prepared is None
         or not prepared[2] > since
-        or known._invalidate_schema_cache_asof < since
-        or known._transaction is not None  # begun since this was called
-        or known._execute_mutex.locked()
+        or adapted._invalidate_schema_cache_asof < since
+        or adapted._transaction is not None  # begun since this was called
+        or adapted._execute_mutex.locked()
         or driver._top_xact is not None
         or driver.is_closed()
     ):
@@ -136,54 +139,66 @@ def _ready(known: Any, operation: str, since: float) -> Any:
     return None if protocol.is_in_transaction() or protocol._is_cancelling() else prepared[0]
 
 
-def _send_begin(known: Any) -> None:
-    driver = known._connection
-    options = known.isolation_level, known.readonly, known.deferrable
-    transaction = _begun_class(known.dbapi.asyncpg.transaction.Transaction)
-    _begun(known, transaction(driver, *options))
+def _send_begin(adapted: Any) -> None:
+    driver = adapted._connection
+    options = adapted.isolation_level, adapted.readonly, adapted.deferrable
+    connection_class: Any = type(driver)
+    transaction = _begun_class(adapted.dbapi.asyncpg.transaction.Transaction, connection_class)
+    _begun(adapted, transaction(driver, *options))
     _write_before_the_next(driver._transport, _begin(*options))
 
 
-def _begun(known: Any, transaction: Any) -> None:
-    known._connection._top_xact = known._transaction = transaction
-    if hasattr(known, "_started"):  # SQLAlchemy 2.0
-        known._started = transaction is not None
+def _begun(adapted: Any, transaction: Any) -> None:
+    adapted._connection._top_xact = adapted._transaction = transaction
+    if hasattr(adapted, "_started"):  # SQLAlchemy 2.0
+        adapted._started = transaction is not None
 
 
-async def _settle(known: Any) -> None:
+async def _settle(adapted: Any) -> None:
     """Be in the transaction that the statement would have failed in.
 
     If it has not told, it was not sent behind BEGIN, so that there was no Sync yet, or BEGIN
     has failed. What is asked here is nothing; the Sync behind it counts.
     """
-    driver = known._connection
+    driver = adapted._connection
     if driver.is_closed() or driver.is_in_transaction():
         return
-    # Should others be waiting to execute something, it must not be before that is known.
-    transaction = known._transaction
-    _begun(known, None)
-    async with known._execute_mutex:
+    # Who waits for the mutex comes first, and begins a transaction, since we say there is none.
+    transaction = adapted._transaction
+    _begun(adapted, None)
+    async with adapted._execute_mutex:
         if transaction is None:  # neither has left
-            if known._transaction is None:
-                await known._start_transaction()
+            if adapted._transaction is None:
+                await adapted._start_transaction()
             return
         try:
             await driver._protocol.close_portal("", None)
-        except BaseException:  # so that nobody knows what is open on it, and unread
+        except BaseException as error:  # so that nobody knows what is open on it, and unread
             driver.terminate()
+            if isinstance(error, Exception):
+                adapted._handle_exception(error)  # which raises SQLAlchemy's
             raise
-        if driver.is_in_transaction() and known._transaction is None:
-            _begun(known, transaction)
+        if driver.is_in_transaction() and adapted._transaction is None:
+            _begun(adapted, transaction)
+
+
+def refuse_rollback(tag: str) -> None:
+    """Raise if that is the server's answer to COMMIT: the transaction was aborted."""
+    if tag == "ROLLBACK":
+        raise aborted()
 
 
 @functools.cache
-def _begun_class(base: Any) -> Any:
+def _begun_class(base: Any, connection_class: Any) -> Any:
     """asyncpg's transaction as one that has begun, and whose COMMIT is one coroutine, not four.
 
-    Each of them would lie on the stack, and take memory, while the database commits.
+    Each of them would lie on the stack, and take memory, while the database commits. But what the
+    application or its tracing puts in place of `Connection.execute()` gets COMMIT, too.
     """
     states = sys.modules[base.__module__].TransactionState
     STARTED, COMMITTED, FAILED = states.STARTED, states.COMMITTED, states.FAILED  # noqa: N806
+    below = connection_class.__bases__[0]  # below our own class
+    own = below.execute if _is_asyncpgs_own(below.execute) else None
 
     class BegunTransaction(base):  # type: ignore[misc]
         __slots__ = ()
@@ -195,7 +210,8 @@ def _begun_class(base: Any) -> Any:
         async def commit(self) -> None:
             driver: Any = self._connection
             if (
-                self._state is not STARTED
+                below.execute is not own
+                or self._state is not STARTED
                 or driver._top_xact is not self
                 or driver._query_loggers
                 or driver.is_closed()
@@ -204,14 +220,21 @@ def _begun_class(base: Any) -> Any:
                 return
             driver._top_xact = None
             try:
-                if await driver._protocol.query("COMMIT;", None) == "ROLLBACK":
-                    raise aborted()
+                refuse_rollback(await driver._protocol.query("COMMIT;", None))
             except BaseException:
                 self._state = FAILED
                 raise
             self._state = COMMITTED
 
     return BegunTransaction
+
+
+def _is_asyncpgs_own(method: Any) -> bool:
+    return (
+        isinstance(method, FunctionType)
+        and method.__module__ == "asyncpg.connection"
+        and not hasattr(method, "__wrapped__")
+    )
 
 
 def _write_before_the_next(transport: Any, data: bytes) -> None:

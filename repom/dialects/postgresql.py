@@ -9,9 +9,9 @@ from typing import Any
 from sqlalchemy import URL, Engine, event
 from sqlalchemy.pool import PoolProxiedConnection
 
-from repom.dialects.base import Support, aborted
+from repom.dialects.base import Support
 from repom.dialects.hosts import TIMEOUT, connect_to_one, has_several_hosts
-from repom.dialects.pipelined_begin import pipeline_begin
+from repom.dialects.pipelined_begin import pipeline_begin, refuse_rollback
 from repom.errors import RepomError, TwoPhaseUnavailableError
 from repom.urls import safe
 
@@ -167,8 +167,8 @@ def _truthful(base: Any) -> Any:
 
         async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:  # noqa: ASYNC109 - asyncpg's
             tag: str = await super().execute(query, *args, timeout=timeout)
-            if tag == "ROLLBACK" and query.startswith("COMMIT"):
-                raise aborted()
+            if query.startswith("COMMIT"):
+                refuse_rollback(tag)
             return tag
 
     return TruthfulConnection

@@ -5,7 +5,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, ClassVar
 
 import asyncpg
 import asyncpg.transaction
@@ -624,17 +624,33 @@ async def test_a_transaction_of_the_driver(database: Database, url: str) -> None
     assert ids(url) == [1, 2]
 
 
-async def test_a_connection_that_is_busy(database: Database, url: str) -> None:
-    """The statement is refused, and no BEGIN gets into what somebody else does by hand."""
-    async with database.async_engine.connect() as connection:
-        driver = await driver_of(connection)
-        busy = asyncio.create_task(driver.fetch("select pg_sleep(0.1)"))
-        await asyncio.sleep(0)  # in which it is sent
-        with pytest.raises(DBAPIError, match="another operation is in progress"):
-            await connection.execute(SELECT)
-        await busy
-        await driver.execute("insert into t values (2)")
-        assert ids(url) == [1, 2]
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_connection_that_is_busy(url: str, loop: str) -> None:
+    """The statement is refused, and no BEGIN gets into what somebody else does by hand. Where it
+    has, which uvloop cannot take back, that connection is used no more."""
+
+    async def main() -> None:
+        async with open_database(url) as database:
+            async with database.async_engine.connect() as connection:
+                driver = await driver_of(connection)
+                busy = asyncio.create_task(driver.fetch("select pg_sleep(0.1)"))
+                await asyncio.sleep(0)  # in which it is sent
+                with pytest.raises(DBAPIError, match="another operation is in progress") as error:
+                    await connection.execute(SELECT)
+                assert error.value.connection_invalidated is driver.is_closed()
+                assert driver.is_closed() is (loop == "uvloop")
+                if not driver.is_closed():
+                    await busy
+                    await driver.execute("insert into t values (2)")
+                    assert ids(url) == [1, 2]
+                    return
+                with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+                    await busy
+            await assert_as_new(database, url)
+
+    factory = pytest.importorskip("uvloop").new_event_loop if loop == "uvloop" else None
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(main())
 
 
 async def test_while_another_statement_is_cancelled(url: str) -> None:
@@ -653,6 +669,40 @@ async def test_while_another_statement_is_cancelled(url: str) -> None:
             assert ids(url) == [1]
             await connection.commit()
         assert ids(url) == [1, 2]
+
+
+class Telling(asyncpg.Connection):  # type: ignore[misc]
+    """A connection class of an application that wants to know what is executed."""
+
+    executed: ClassVar[list[str]] = []
+
+    async def execute(self, query: str, *args: Any, **kwargs: Any) -> str:
+        self.executed.append(query)
+        tag: str = await super().execute(query, *args, **kwargs)
+        return tag
+
+
+async def test_who_replaces_execute_is_told_of_commit(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a connection class of its own, or in asyncpg's, as what traces does: at any time."""
+    async with open_database(url, connect_args={"connection_class": Telling}) as database:
+        Telling.executed.clear()
+        await unit(database, INSERT, {"id": 2})
+        assert Telling.executed == ["COMMIT;"]
+    async with open_database(url) as database:
+        await unit(database, INSERT, {"id": 3})
+        traced: list[str] = []
+        own = asyncpg.Connection.execute
+
+        async def tracing(self: Any, query: str, *args: Any, **kwargs: Any) -> Any:
+            traced.append(query)
+            return await own(self, query, *args, **kwargs)
+
+        monkeypatch.setattr("asyncpg.Connection.execute", tracing)
+        await unit(database, INSERT, {"id": 4})
+        assert traced == ["COMMIT;"]
+    assert ids(url) == [1, 2, 3, 4]
 
 
 async def test_connections_of_asyncpgs_pool(url: str) -> None:

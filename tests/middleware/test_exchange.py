@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from sqlalchemy import insert, select
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
 
 from repom import Database, current_scope, current_session, finish, on_commit, session_scope
+from repom.context import surroundings
 from repom.errors import (
     CommitOutcomeUnknown,
     InvalidResponseError,
@@ -29,6 +31,7 @@ from tests.middleware.notes import (
     chunk,
     connections_in_use,
     notes,
+    notes_database,
     serve,
     start,
     write,
@@ -505,6 +508,39 @@ async def test_commit_whose_outcome_is_unknown(
         assert isinstance(response.exception, CommitOutcomeUnknown)
         assert response.sent == []
         assert "COMMIT of POST /slow is unknown" in caplog.messages
+
+
+async def no_body() -> Message:
+    return {"type": "http.request", "body": b"", "more_body": False}
+
+
+class Failing(Session):
+    """A session of an application whose end fails."""
+
+    def close(self) -> None:
+        super().close()
+        raise LookupError("close")
+
+
+async def test_a_session_that_fails_to_close(database_url: str) -> None:
+    """Its error leaves, and the context is what it was: it may serve another request."""
+    kwargs: dict[str, Any] = {"session_kwargs": {"sync_session_class": Failing}}
+    async with notes_database(database_url, **kwargs) as database:
+
+        async def respond(send: Send) -> None:
+            await write("a")
+            await answer(send)
+
+        app = serve(database, respond)
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+
+        async def ignore(message: Message) -> None:
+            pass
+
+        with pytest.raises(LookupError, match="close"):
+            await app(scope, no_body, ignore)
+        assert surroundings.get() is None
+        assert notes(database_url) == ["a"]
 
 
 # --- after the body
