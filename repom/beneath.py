@@ -153,16 +153,18 @@ def _operation(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _execution(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
-    def execution(self: Any, statement: Any, *args: Any, **kwargs: Any) -> Any:
+    def execution(
+        self: Any, statement: Any, parameters: Any = None, execution_options: Any = None
+    ) -> Any:
         session = self.repom_session
         if session is None:
-            return method(self, statement, *args, **kwargs)
+            return method(self, statement, parameters, execution_options=execution_options)
         _refuse_by_hand(session, statement)
         entered = not session.repom_gate.is_nested and _enter(session)
         try:
             cursors: Cursors = session.repom_cursors
             cursors.make_way(statement, self.dialect)
-            result = method(self, statement, *args, **kwargs)
+            result = method(self, statement, parameters, execution_options=execution_options)
             if isinstance(result, CursorResult) and not result._soft_closed:
                 cursors.watch(result)
                 strategy = result.cursor_strategy
@@ -292,7 +294,7 @@ def block_ended(session: Any, savepoint: object, *, undone: bool) -> None:
 
 def blocks_ended(session: Any, *, undone: bool) -> None:
     """The transaction has ended, and with it what savepoints of the connection are still open."""
-    for block in reversed(session.repom_gate.blocks.open[:]):
+    for block in reversed(session.repom_gate.blocks.open):
         _end_block(session, block, undone=undone)
 
 

@@ -100,7 +100,7 @@ class Blocks:
     __slots__ = ("has_undone", "open")
 
     def __init__(self) -> None:
-        self.open: list[Block] = []
+        self.open: tuple[Block, ...] = ()
         self.has_undone = False
 
     def begin(self, task: Task | None, wake: Callable[[], object] = lambda: None) -> Block:
@@ -110,7 +110,7 @@ class Blocks:
             wake: called when it keeps nobody out any more, because it has ended or its task.
         """
         block = Block(self, task, wake)
-        self.open.append(block)
+        self.open = (*self.open, block)
         _blocks_here.set((*self._others_here(block), block))
         return block
 
@@ -120,7 +120,7 @@ class Blocks:
         Returns:
             Whether that may have undone changes of others, too.
         """
-        self.open.remove(block)
+        self.open = tuple(other for other in self.open if other is not block)
         self.has_undone = self.has_undone or undone
         _blocks_here.set(self._others_here(block))
         block.end(undone=undone)

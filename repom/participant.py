@@ -38,15 +38,20 @@ class Participant:
     """What sync and async sessions have in common.
 
     Attributes:
-        name: what the database was asked for by, for messages.
+        key: what the database was asked for by.
         database: where it works.
         sync_session: the `Session` that does the work, also of an `AsyncSession`.
     """
 
-    name: str
+    key: str | Database
     database: Database
     sync_session: Any  # an instance of managed_class(...)
     gate: Gate
+
+    @property
+    def name(self) -> str:
+        """The name of the database, for messages."""
+        return self.key if isinstance(self.key, str) else repr(self.key)
 
     @property
     def in_transaction(self) -> bool:
@@ -109,21 +114,26 @@ def _route(session: Session, readers: Readers, begin: BeginOptions, *, is_async:
 
 
 class AsyncParticipant(Participant):
-    """An `AsyncSession`, which lives on the event loop that first asked for it."""
+    """An `AsyncSession`.
+
+    Attributes:
+        loop: the event loop that first asked for it, on which it lives.
+    """
 
     def __init__(
         self,
-        name: str,
+        key: str | Database,
         database: Database,
         begin: BeginOptions,
         inner_commits: InnerCommits,
         callbacks: Callbacks,
         label: object,
     ) -> None:
-        self.name = name
+        self.key = key
         self.database = database
         kwargs = database.session_kwargs
         base = kwargs.get("sync_session_class") or database.session_class.sync_session_class
+        self.loop = asyncio.get_running_loop()
         self.session: AsyncSession = spawning_class(database.session_class)(
             database.async_bind(begin),
             **{**kwargs, "sync_session_class": _class_for(base, begin, database)},
@@ -142,14 +152,14 @@ class SyncParticipant(Participant):
 
     def __init__(
         self,
-        name: str,
+        key: str | Database,
         database: Database,
         begin: BeginOptions,
         inner_commits: InnerCommits,
         callbacks: Callbacks,
         label: object,
     ) -> None:
-        self.name = name
+        self.key = key
         self.database = database
         base = database.sync_session_class
         managed = _class_for(base, begin, database)

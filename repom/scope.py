@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Mapping
 from contextvars import Token
 from enum import Enum
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -30,8 +28,6 @@ from repom.participant import AsyncParticipant, Participant, SyncParticipant
 from repom.registry import DEFAULT, Databases
 from repom.scope_options import ScopeOptions
 from repom.turn import Turn
-
-_NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
 _P = TypeVar("_P", AsyncParticipant, SyncParticipant)
 
@@ -72,12 +68,9 @@ class SessionScope:
 
     __slots__ = (
         "__weakref__",
-        "_async_sessions",
-        "_loop",
         "_mutex",
         "_rollback_only",
         "_state",
-        "_sync_sessions",
         "_token",
         "attempt",
         "branches",
@@ -103,10 +96,6 @@ class SessionScope:
         self.is_used = False
         self.callbacks: Callbacks = NONE_REGISTERED
         self.participants: tuple[Participant, ...] = ()
-        # By what was asked for, so that `current_session()` is one look-up.
-        self._async_sessions: Mapping[str | Database, AsyncSession] = _NOTHING
-        self._sync_sessions: Mapping[str | Database, Session] = _NOTHING
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._rollback_only = False
         self._state = OPEN
         self._token: Token[Surroundings | None] | None = None
@@ -120,15 +109,21 @@ class SessionScope:
 
     def session(self, database: str | Database = DEFAULT) -> AsyncSession:
         """The scope's `AsyncSession`; see `current_session`."""
-        session = self._async_sessions.get(database)
-        if session is None or asyncio._get_running_loop() is not self._loop:
-            return self._open_async(database)
-        return session
+        for found in self.participants:
+            if (
+                found.key == database
+                and isinstance(found, AsyncParticipant)
+                and found.loop is asyncio._get_running_loop()
+            ):
+                return found.session
+        return self._open_async(database)
 
     def sync_session(self, database: str | Database = DEFAULT) -> Session:
         """The scope's `Session`; see `current_sync_session`."""
-        session = self._sync_sessions.get(database)
-        return session if session is not None else self._open_sync(database)
+        for found in self.participants:
+            if found.key == database and isinstance(found, SyncParticipant):
+                return found.session
+        return self._open_sync(database)
 
     @property
     def databases(self) -> Databases:
@@ -213,21 +208,17 @@ class SessionScope:
                 "of an AsyncSession.\n"
                 "Use current_sync_session() here, or open `async with session_scope()`."
             )
-        if self._async_sessions and self._loop is not loop:
-            raise WrongEventLoopError(
-                "this unit of work, and its connections, belong to another event loop.\n"
-                "Open one of its own on this loop: `async with session_scope() as session:`."
-            )
-        participant = self._participant(key, AsyncParticipant)
-        self._loop = loop
-        self._async_sessions = {**self._async_sessions, key: participant.session}
-        return participant.session
+        for found in self.participants:
+            if isinstance(found, AsyncParticipant) and found.loop is not loop:
+                raise WrongEventLoopError(
+                    "this unit of work, and its connections, belong to another event loop.\n"
+                    "Open one of its own on this loop: `async with session_scope() as session:`."
+                )
+        return self._participant(key, AsyncParticipant).session
 
     def _open_sync(self, key: str | Database) -> Session:
         self._refuse_if_over()
-        participant = self._participant(key, SyncParticipant)
-        self._sync_sessions = {**self._sync_sessions, key: participant.session}
-        return participant.session
+        return self._participant(key, SyncParticipant).session
 
     def _participant(self, key: str | Database, kind: type[_P]) -> _P:
         options = self.options
@@ -237,9 +228,8 @@ class SessionScope:
             self._refuse_if_over()  # a thread may have come here just before the end
             found = self._taking_part(database)
             if found is None:
-                name = key if isinstance(key, str) else repr(key)
                 found = kind(
-                    name, database, options.begin, options.inner_commits, self.callbacks, self.label
+                    key, database, options.begin, options.inner_commits, self.callbacks, self.label
                 )
                 # What a test commits, it rolls back in the end.
                 if self.branches is not None and database.stand_in is None:
@@ -373,7 +363,6 @@ class SessionScope:
         were opened in it: each has a copy of the context.
         """
         self._state = CLOSED
-        self._async_sessions = self._sync_sessions = _NOTHING
         self.participants = ()
 
     def _refuse_if_over(self) -> None:
