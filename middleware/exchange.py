@@ -369,11 +369,13 @@ class Exchange:
             await finish.end(self._unit, commit=commit, then=self._tell if tells else None)
         except Exception as error:
             if not self._has_left(tells):
+                self._untold = None
                 self._fail(error)
             raise
         except asyncio.CancelledError as cancelled:
             if self._has_left(tells):
                 raise
+            self._untold = None
             # COMMIT runs to its end all the same, and may have failed. An app that swallows
             # the cancellation must not send its 2xx after that.
             if isinstance(cancelled.__cause__, Exception):

@@ -104,7 +104,7 @@ def wait_for_deferred(session: Session) -> None:
 
 #: Methods of Connection that talk to the database, and those of them that send a statement.
 _OPERATIONS = ("rollback", "scalars")
-_EXECUTIONS = ("exec_driver_sql", "execute", "scalar")
+_EXECUTIONS = ("execute", "scalar")
 
 # What ends the transaction unseen by SQLAlchemy: asyncpg and SQLite would commit each of the
 # statements that follow by itself.
@@ -154,7 +154,7 @@ def _operation(method: Callable[..., Any]) -> Callable[..., Any]:
 def _execution(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def execution(
-        self: Any, statement: Any, parameters: Any = None, execution_options: Any = None
+        self: Any, statement: Any, parameters: Any = None, *, execution_options: Any = None
     ) -> Any:
         session = self.repom_session
         if session is None:
@@ -176,6 +176,15 @@ def _execution(method: Callable[..., Any]) -> Callable[..., Any]:
                 _leave(session)
 
     return execution
+
+
+_driver_sql = _execution(Connection.exec_driver_sql)
+
+
+def _exec_driver_sql(
+    self: Any, statement: str, parameters: Any = None, execution_options: Any = None
+) -> Any:
+    return _driver_sql(self, statement, parameters, execution_options=execution_options)
 
 
 def _end_of_transaction(method: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -226,6 +235,7 @@ _MANAGED: dict[str, Any] = {
     "repom_session": None,  # the one that has begun on it
     **{name: _operation(getattr(Connection, name)) for name in _OPERATIONS},
     **{name: _execution(getattr(Connection, name)) for name in _EXECUTIONS},
+    "exec_driver_sql": _exec_driver_sql,
     "begin_nested": _begin_nested,
     "commit": _operation(_commit),
     # Whoever ends it: the owner, `session.rollback()`, a `commit()` that is allowed.

@@ -89,9 +89,11 @@ def close_if_settled(scope: SessionScope) -> bool:
         return True
     if not scope.callbacks.is_empty or not scope.is_quiet:
         return False
-    for participant in scope.participants:
-        participant.let_go()
-    scope.closed()
+    try:
+        for participant in scope.participants:
+            participant.let_go()
+    finally:
+        scope.closed()
     return True
 
 
@@ -195,16 +197,19 @@ def _closing_steps(scope: SessionScope) -> Steps:
 
 
 def _closed(scope: SessionScope) -> None:
-    for participant in scope.participants:
-        if participant.is_quiet:
-            participant.let_go()
-    scope.closed()
-    if not_run := scope.callbacks.drop():
-        logger.warning(
-            "%d callback(s) of %s were not run: it was cancelled after its transaction had ended",
-            not_run,
-            scope.label,
-        )
+    try:
+        for participant in scope.participants:
+            if participant.is_quiet:
+                participant.let_go()
+    finally:
+        scope.closed()
+        if not_run := scope.callbacks.drop():
+            logger.warning(
+                "%d callback(s) of %s were not run: it was cancelled after its transaction had "
+                "ended",
+                not_run,
+                scope.label,
+            )
 
 
 # --- callbacks

@@ -38,12 +38,12 @@ class Participant:
     """What sync and async sessions have in common.
 
     Attributes:
-        key: what the database was asked for by.
+        keys: what the database was asked for by, in the order in which it was.
         database: where it works.
         sync_session: the `Session` that does the work, also of an `AsyncSession`.
     """
 
-    key: str | Database
+    keys: tuple[str | Database, ...]
     database: Database
     sync_session: Any  # an instance of managed_class(...)
     gate: Gate
@@ -51,7 +51,8 @@ class Participant:
     @property
     def name(self) -> str:
         """The name of the database, for messages."""
-        return self.key if isinstance(self.key, str) else repr(self.key)
+        key = self.keys[0]
+        return key if isinstance(key, str) else repr(key)
 
     @property
     def in_transaction(self) -> bool:
@@ -129,7 +130,7 @@ class AsyncParticipant(Participant):
         callbacks: Callbacks,
         label: object,
     ) -> None:
-        self.key = key
+        self.keys: tuple[str | Database, ...] = (key,)
         self.database = database
         kwargs = database.session_kwargs
         base = kwargs.get("sync_session_class") or database.session_class.sync_session_class
@@ -159,7 +160,7 @@ class SyncParticipant(Participant):
         callbacks: Callbacks,
         label: object,
     ) -> None:
-        self.key = key
+        self.keys: tuple[str | Database, ...] = (key,)
         self.database = database
         base = database.sync_session_class
         managed = _class_for(base, begin, database)

@@ -111,7 +111,7 @@ class SessionScope:
         """The scope's `AsyncSession`; see `current_session`."""
         for found in self.participants:
             if (
-                found.key == database
+                database in found.keys
                 and isinstance(found, AsyncParticipant)
                 and found.loop is asyncio._get_running_loop()
             ):
@@ -121,7 +121,7 @@ class SessionScope:
     def sync_session(self, database: str | Database = DEFAULT) -> Session:
         """The scope's `Session`; see `current_sync_session`."""
         for found in self.participants:
-            if found.key == database and isinstance(found, SyncParticipant):
+            if database in found.keys and isinstance(found, SyncParticipant):
                 return found.session
         return self._open_sync(database)
 
@@ -208,24 +208,25 @@ class SessionScope:
                 "of an AsyncSession.\n"
                 "Use current_sync_session() here, or open `async with session_scope()`."
             )
-        for found in self.participants:
-            if isinstance(found, AsyncParticipant) and found.loop is not loop:
-                raise WrongEventLoopError(
-                    "this unit of work, and its connections, belong to another event loop.\n"
-                    "Open one of its own on this loop: `async with session_scope() as session:`."
-                )
-        return self._participant(key, AsyncParticipant).session
+        return self._participant(key, AsyncParticipant, loop).session
 
     def _open_sync(self, key: str | Database) -> Session:
         self._refuse_if_over()
         return self._participant(key, SyncParticipant).session
 
-    def _participant(self, key: str | Database, kind: type[_P]) -> _P:
+    def _participant(
+        self,
+        key: str | Database,
+        kind: type[_P],
+        loop: asyncio.AbstractEventLoop | None = None,
+    ) -> _P:
         options = self.options
         database = options.databases[key]
         self.use()
         with self._mutex:
             self._refuse_if_over()  # a thread may have come here just before the end
+            if loop is not None:
+                self._refuse_other_loops(loop)
             found = self._taking_part(database)
             if found is None:
                 found = kind(
@@ -235,6 +236,8 @@ class SessionScope:
                 if self.branches is not None and database.stand_in is None:
                     self.branches.take_part(found.sync_session, database)
                 self.participants = self._in_order((*self.participants, found))
+            elif key not in found.keys and isinstance(found, kind):
+                found.keys += (key,)
         if not isinstance(found, kind):
             used, asked = "current_sync_session()", "current_session()"
             if kind is SyncParticipant:
@@ -245,6 +248,14 @@ class SessionScope:
                 f"Use {used} in the whole request, or open a unit of work of its own."
             )
         return found
+
+    def _refuse_other_loops(self, loop: asyncio.AbstractEventLoop) -> None:
+        for found in self.participants:
+            if isinstance(found, AsyncParticipant) and found.loop is not loop:
+                raise WrongEventLoopError(
+                    "this unit of work, and its connections, belong to another event loop.\n"
+                    "Open one of its own on this loop: `async with session_scope() as session:`."
+                )
 
     def use(self) -> None:
         """Make what requests that ask for nothing do not need."""

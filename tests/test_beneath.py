@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import suppress
+from typing import Any
 
 import pytest
 from sqlalchemy import insert
@@ -77,3 +78,22 @@ def test_commit_of_a_sync_connection(database: Database) -> None:
         connection.commit()
         session.execute(insert(Note).values(text="b"))
     assert texts(database) == ["a", "b"]
+
+
+def test_arguments_mean_what_they_mean_in_sqlalchemy(database: Database) -> None:
+    """Two rows in two arguments, as SQLAlchemy 1 took them, are refused and never halved; with a
+    session or without."""
+    rows: Any = ({"text": "a"}, {"text": "b"})
+    by_hand = f"insert into {Note.__tablename__} (text) values ('%s')"
+    with database.engine.begin() as connection:
+        for execute in (connection.execute, connection.scalar):
+            with pytest.raises(TypeError, match="positional"):
+                execute(insert(Note), *rows)
+        connection.exec_driver_sql(by_hand % "raw", None, {"x": 1})
+    with sync_session_scope(database) as session:
+        connection = session.connection()
+        for execute in (connection.execute, connection.scalar):
+            with pytest.raises(TypeError, match="positional"):
+                execute(insert(Note), *rows)
+        connection.exec_driver_sql(by_hand % "managed", None, {"x": 1})
+    assert texts(database) == ["raw", "managed"]

@@ -277,6 +277,33 @@ async def test_what_a_listener_adds_to_the_last_flush_is_committed(database: Dat
     assert sorted(texts(database)) == ["a", "audit"]
 
 
+async def test_a_listener_of_the_last_flush_finds_the_session_by_any_key(
+    database: Database,
+) -> None:
+    """By each by which it was asked for before; new work is refused by then."""
+    found: list[object] = []
+
+    def look(*_: object) -> None:
+        found.extend((current_session(), current_session(database)))
+
+    async with session_scope(database) as session:
+        assert current_session(database) is session
+        event.listen(session.sync_session, "before_flush", look)
+        session.add(Note(text="a"))
+    assert found == [session, session]
+
+    with sync_session_scope(database) as sync_session:
+        assert current_sync_session(database) is sync_session
+        event.listen(
+            sync_session,
+            "before_flush",
+            lambda *_: found.extend((current_sync_session(), current_sync_session(database))),
+        )
+        sync_session.add(Note(text="b"))
+    assert found[2:] == [sync_session, sync_session]
+    assert texts(database) == ["a", "b"]
+
+
 def test_commit_by_a_listener_of_a_flush_is_refused_by_sqlalchemy(sqlite: Database) -> None:
     """And the session is left by the one that is inside, not by the listener."""
     event.listen(Note, "after_insert", commits := lambda *_: current_scope().commit_sync())

@@ -230,7 +230,7 @@ class Support:
         error = context.original_exception
         if connection is None or connection.invalidated or not isinstance(error, Exception):
             return None
-        info = connection.info
+        info = info_of(connection.connection)
         commit_sent = info.pop(_COMMIT_SENT, False)
         if info.pop(_ROLLBACK_SENT, False) and not context.is_disconnect:
             # By a server that was told to cancel it, for instance. SQLAlchemy takes the transaction
@@ -290,7 +290,7 @@ def _roll_back(connection: Connection) -> None:
 
 def _is_declared_read_only(connection: Connection) -> bool:
     options = connection.get_execution_options()
-    return READING in connection.info or bool(options.get("postgresql_readonly"))
+    return READING in info_of(connection.connection) or bool(options.get("postgresql_readonly"))
 
 
 def aborted() -> TransactionAbortedError:

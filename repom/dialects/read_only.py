@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.pool import PoolProxiedConnection
 
-from repom.dialects.base import READING, Support
+from repom.dialects.base import READING, Support, info_of
 from repom.dialects.mysql import MySQL, errno
 from repom.dialects.postgresql import PostgreSQL, sqlstate
 from repom.dialects.sqlite import SQLite, sqlite_connection
@@ -223,7 +223,7 @@ class ReadOnly(Support):
             return found
         reading: Reading | None = None
         if context.connection is not None and not context.connection.invalidated:
-            reading = context.connection.info.get(READING)
+            reading = info_of(context.connection.connection).get(READING)
         if reading is None:
             return read_only("this connection", error)
         reading.refused = error

@@ -526,8 +526,10 @@ async def test_a_session_that_fails_to_close(database_url: str) -> None:
     """Its error leaves, and the context is what it was: it may serve another request."""
     kwargs: dict[str, Any] = {"session_kwargs": {"sync_session_class": Failing}}
     async with notes_database(database_url, **kwargs) as database:
+        units: list[SessionScope] = []
 
         async def respond(send: Send) -> None:
+            units.append(current_scope())
             await write("a")
             await answer(send)
 
@@ -540,6 +542,7 @@ async def test_a_session_that_fails_to_close(database_url: str) -> None:
         with pytest.raises(LookupError, match="close"):
             await app(scope, no_body, ignore)
         assert surroundings.get() is None
+        assert units[0].participants == ()
         assert notes(database_url) == ["a"]
 
 
