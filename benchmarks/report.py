@@ -41,7 +41,7 @@ def write(results: Results, docs: Path) -> None:
 
 
 def write_budget(results: Results, docs: Path) -> None:
-    """The decisive table of a second machine."""
+    """The decisive table of a run with `--budget`."""
     (docs / "_benchmarks" / "budget.md").write_text(
         "\n".join([about(results), *budget.table(results)])
     )

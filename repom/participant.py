@@ -43,6 +43,8 @@ class Participant:
         sync_session: the `Session` that does the work, also of an `AsyncSession`.
     """
 
+    __slots__ = ("database", "gate", "keys", "sync_session")
+
     keys: tuple[str | Database, ...]
     database: Database
     sync_session: Any  # an instance of managed_class(...)
@@ -121,6 +123,8 @@ class AsyncParticipant(Participant):
         loop: the event loop that first asked for it, on which it lives.
     """
 
+    __slots__ = ("loop", "session")
+
     def __init__(
         self,
         key: str | Database,
@@ -150,6 +154,8 @@ class AsyncParticipant(Participant):
 
 class SyncParticipant(Participant):
     """A `Session`, for `def` endpoints and scripts."""
+
+    __slots__ = ("_abandoned", "session")
 
     def __init__(
         self,
