@@ -116,7 +116,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--budget",
         action="store_true",
-        help="only what decides, repom and the code by hand on the bare host: in more rounds, or on a second machine",
+        help="only what decides, repom and the code by hand on the bare host: with more time",
     )
     parser.add_argument("--case", action="append", choices=cases.CASES)
     parser.add_argument("--database", action="append", choices=databases.KINDS)
