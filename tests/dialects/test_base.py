@@ -27,7 +27,7 @@ from repom.database import Database
 from repom.dialects import Support, support_for
 from repom.errors import CommitOutcomeUnknown, DatabaseUnreachableError, TransactionAbortedError
 from repom.lending import LendingQueuePool
-from tests.dialects.drivers import KINDS, Driver, open_driver
+from tests.dialects.drivers import KINDS, Driver, in_clear, open_driver
 from tests.support.faultproxy import FaultProxy
 from tests.support.polling import until
 from tests.support.reader import connections, execute, rows
@@ -507,6 +507,23 @@ async def test_an_unreachable_server_is_one_error_for_all_drivers(
     assert len(str(e.value).splitlines()) == 2
     assert PASSWORD not in told(e.value)
     await driver.database.dispose()
+
+
+@pytest.mark.parametrize("name", ["asyncpg", "psycopg"])
+async def test_a_connection_lost_in_the_first_look_at_a_server(
+    postgres_url: str, name: str
+) -> None:
+    """It is the error of a lost connection, and the next one finds the server as it is."""
+    async with FaultProxy(postgres_url) as proxy:
+        proxy.cut(b"pg_catalog.version", "before")
+        database = Database(in_clear(name, proxy.url))
+        with pytest.raises(DBAPIError) as lost:
+            await database.async_engine.connect()
+        assert lost.value.connection_invalidated
+        async with database.async_engine.connect() as connection:
+            assert await connection.scalar(text("select 1")) == 1
+            assert connection.dialect.server_version_info
+        await database.dispose()
 
 
 async def test_a_wrong_connect_argument_explains_itself(postgres_url: str) -> None:
