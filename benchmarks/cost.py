@@ -134,7 +134,10 @@ _PARTS = {
         *("scope", "participant", "registry", "database", "current", "loops", "callbacks"),
         *("context", "sessionmakers", "engine_factory", "begin"),
     ),
-    "one task at a time": ("gate", "blocks", "beneath", "cursors", "turn", "managed"),
+    "one task at a time": (
+        *("gate", "operations", "blocks", "savepoints", "connection", "cursors", "turn"),
+        "managed",
+    ),
     "changes that a sibling would lose": ("lost_changes",),
     "COMMIT, whatever happens meanwhile": ("finish", "ending", "shield", "limit", "deferred"),
     "greenlets that are used again": ("greenlets",),

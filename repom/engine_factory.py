@@ -13,7 +13,7 @@ from sqlalchemy import URL, Engine, create_engine
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from repom.begin import BeginOptions
-from repom.beneath import manage_connections
+from repom.connection import manage_connections
 from repom.dialects import Begin, Support, support_for
 from repom.dialects.read_only import snapshot_engine
 from repom.dialects.sqlite import immediate_engine, is_sqlite, private_memory, queueing_engine

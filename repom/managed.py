@@ -20,18 +20,9 @@ from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.orm import Session, SessionTransaction
 
 from repom import deferred
-from repom.beneath import (
-    begin_block,
-    block_ended,
-    blocks_ended,
-    commit_forbidden,
-    inside,
-    manage_connection,
-    through_the_gate,
-    wait_for_deferred,
-)
 from repom.blocks import Visitor
 from repom.callbacks import TOLD_BY_THE_OWNER, Callbacks
+from repom.connection import commit_forbidden, manage_connection
 from repom.cursors import Cursors
 from repom.dialects.base import CLOSED_BY_COMMIT, aborted, info_of
 from repom.ending import Action
@@ -39,6 +30,8 @@ from repom.errors import TransactionError
 from repom.gate import Gate, block_not_left
 from repom.lost_changes import Watching, doomed, flush_began, flush_ended, refreshing
 from repom.observer import committing_apart
+from repom.operations import inside, through_the_gate, wait_for_deferred
+from repom.savepoints import begin_block, block_ended, blocks_ended
 
 InnerCommits = Literal["defer", "allow", "forbid"]
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import Connection
 
-from repom.beneath import ends_by_hand
+from repom.connection import ends_by_hand
 from repom.dialects.write_queue import Ticket
 from repom.errors import InnerCommitError
 from repom.testing.cursors import RemoteCursor

@@ -1,4 +1,4 @@
-"""Savepoints of the connection of a session, which end as those of the session do."""
+"""The connection of a session: its savepoints, its COMMIT, and what it executes."""
 
 import asyncio
 from contextlib import suppress

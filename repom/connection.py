@@ -1,7 +1,7 @@
-"""What lies beneath a session: its connection, its savepoints, and the rows of a stream.
+"""The connection of a session, and the rows that a result still gets from it.
 
 Code that has got hold of one of them may use it beside the session, and may still have it after
-the end, when the connection serves somebody else. So all of them pass the session's gate.
+the end, when the connection serves somebody else. So both pass the session's gate.
 """
 
 from __future__ import annotations
@@ -9,98 +9,17 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 from sqlalchemy import Connection, CursorResult, Engine, NestedTransaction, TextClause
 from sqlalchemy.engine.cursor import BufferedRowCursorFetchStrategy
-from sqlalchemy.orm import Session, SessionTransaction
-from sqlalchemy.util import await_only
-from sqlalchemy.util.concurrency import in_greenlet
 
-from repom import deferred
-from repom.blocks import Block
-from repom.context import surroundings
 from repom.cursors import Cursors
 from repom.dialects.read_only import makes_writable
 from repom.errors import InnerCommitError, ReadOnlyError
-from repom.gate import Gate, scope_closed
-from repom.lost_changes import doom, unwatch_clean, watch_clean
 from repom.observer import committing_apart
-
-T = TypeVar("T")
-
-
-def through_the_gate(method: Callable[..., Any]) -> Callable[..., Any]:
-    """An operation of a session as one that waits for the caller's turn to use it."""
-
-    @functools.wraps(method)
-    def operation(self: Any, *args: Any, **kwargs: Any) -> Any:
-        entered = _enter(self)
-        try:
-            return method(self, *args, **kwargs)
-        finally:
-            if entered:
-                _leave(self)
-
-    return operation
-
-
-def inside(session: Any, method: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """Call `method` when it is the caller's turn to use the session."""
-    entered = _enter(session)
-    try:
-        return method(*args, **kwargs)
-    finally:
-        if entered:
-            _leave(session)
-
-
-def _enter(session: Any) -> bool:
-    """Wait until it is the caller's turn; False if it is inside already, and is not to leave."""
-    gate: Gate = session.repom_gate
-    if not gate.enter():
-        return False
-    if deferred.pending:
-        try:
-            wait_for_deferred(session)
-            gate.refuse_if_over()  # the scope may have ended meanwhile
-        except BaseException:
-            _leave(session)
-            raise
-    return True
-
-
-def _leave(session: Any) -> None:
-    gate: Gate = session.repom_gate
-    if not session.repom_abandoned:
-        gate.leave()
-        return
-    try:
-        session._for_real("close")
-        raise scope_closed()
-    finally:
-        gate.leave()
-
-
-def wait_for_deferred(session: Session) -> None:
-    """Take a connection only after the commits that this loop still owes.
-
-    Not who has one already, here or in an enclosing scope: an ending may be waiting for that.
-    """
-    transaction = session.get_transaction()
-    if not in_greenlet() or (transaction is not None and transaction._connections):
-        return
-    here = surroundings.get()
-    outer = here.parent if here is not None else None
-    while outer is not None:
-        if outer.in_transaction:
-            return
-        outer = outer.parent
-    await_only(deferred.settled())
-
-
-# --- the connection
+from repom.operations import enter, inside, leave
+from repom.savepoints import begin_block
 
 #: Methods of Connection that talk to the database, and those of them that send a statement.
 _OPERATIONS = ("rollback", "scalars")
@@ -141,12 +60,12 @@ def _operation(method: Callable[..., Any]) -> Callable[..., Any]:
         if session is None:
             return method(self, *args, **kwargs)
         # Nearly always it is called by an operation of the session, which is inside.
-        entered = not session.repom_gate.is_nested and _enter(session)
+        entered = not session.repom_gate.is_nested and enter(session)
         try:
             return method(self, *args, **kwargs)
         finally:
             if entered:
-                _leave(session)
+                leave(session)
 
     return operation
 
@@ -160,7 +79,7 @@ def _execution(method: Callable[..., Any]) -> Callable[..., Any]:
         if session is None:
             return method(self, statement, parameters, execution_options=execution_options)
         _refuse_by_hand(session, statement)
-        entered = not session.repom_gate.is_nested and _enter(session)
+        entered = not session.repom_gate.is_nested and enter(session)
         try:
             cursors: Cursors = session.repom_cursors
             cursors.make_way(statement, self.dialect)
@@ -173,7 +92,7 @@ def _execution(method: Callable[..., Any]) -> Callable[..., Any]:
             return result
         finally:
             if entered:
-                _leave(session)
+                leave(session)
 
     return execution
 
@@ -273,140 +192,6 @@ def _refuse_by_hand(session: Any, statement: Any) -> None:
             "its owner.\nWrite `await session.rollback()`, `await current_scope().commit()`, or "
             "`async with atomic():` for a savepoint."
         )
-
-
-# --- savepoints
-
-
-def begin_block(session: Any, begin: Callable[[], T]) -> T:
-    """Begin a savepoint, which is for the running task and those it starts; see `repom.blocks`."""
-    blocks = session.repom_gate.blocks
-    # Before it is begun: what others add during the flush at its beginning is a part of it.
-    block = session.repom_gate.begin_block()
-    watch_clean(session)
-    try:
-        savepoint: Any = begin()
-    except BaseException:
-        unwatch_clean(session)
-        blocks.end(block, undone=False)
-        raise
-    savepoint.__class__ = _MANAGED_SAVEPOINTS[type(savepoint)]
-    block.savepoint = savepoint
-    return savepoint  # type: ignore[no-any-return]
-
-
-def block_ended(session: Any, savepoint: object, *, undone: bool) -> None:
-    """The savepoint has been released, or rolled back."""
-    block = session.repom_gate.blocks.of(savepoint)
-    if block is not None:
-        _end_block(session, block, undone=undone)
-
-
-def blocks_ended(session: Any, *, undone: bool) -> None:
-    """The transaction has ended, and with it what savepoints of the connection are still open."""
-    for block in reversed(session.repom_gate.blocks.open):
-        _end_block(session, block, undone=undone)
-
-
-def _end_block(session: Any, block: Block, *, undone: bool) -> None:
-    unwatch_clean(session)
-    if session.repom_gate.blocks.end(block, undone=undone):
-        doom(
-            session,
-            "an atomic(), begin_nested() or begin() block was rolled back, and while it was open "
-            "another task had changed objects of the same session: these changes are lost with it.",
-        )
-
-
-def _leaving(method: Callable[..., Any], *, undoing: bool) -> Callable[..., Any]:
-    """A method that ends a savepoint, as one that passes the gate."""
-
-    @functools.wraps(method)
-    def operation(self: Any, *args: Any, **kwargs: Any) -> Any:
-        session = self.repom_session
-        gate: Gate = session.repom_gate
-        try:
-            if not gate.enter(ending=undoing, committing=not undoing):
-                return method(self, *args, **kwargs)
-            try:
-                return method(self, *args, **kwargs)
-            finally:
-                _leave(session)
-        except BaseException:
-            if undoing and self.is_active:
-                doom(
-                    session,
-                    "an atomic(), begin_nested() or begin() block that failed was not rolled back: "
-                    "its task was cancelled while it waited for its turn to do so.",
-                )
-            raise
-
-    return operation
-
-
-class _Savepoint:
-    """What savepoints of the session and of its connection have in common."""
-
-    __slots__ = ()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        savepoint: Any = self
-        was_active = savepoint.is_active
-        super().__exit__(kind, error, tb)  # type: ignore[misc]
-        if kind is None and not was_active:
-            # SQLAlchemy takes it for ended by hand. If the owner has ended the transaction, then
-            # whoever thinks that the block has succeeded is wrong.
-            savepoint.repom_session.repom_gate.refuse_if_over()
-
-
-class _SessionSavepoint(_Savepoint, SessionTransaction):
-    """What `Session.begin_nested()` gives; its end is an event of the session."""
-
-    commit = _leaving(SessionTransaction.commit, undoing=False)
-    rollback = _leaving(SessionTransaction.rollback, undoing=True)
-    close = _leaving(SessionTransaction.close, undoing=True)
-
-    @property
-    def repom_session(self) -> Any:
-        return self.session
-
-
-class _ConnectionSavepoint(_Savepoint, NestedTransaction):
-    """What `Connection.begin_nested()` gives."""
-
-    __slots__ = ()
-
-    @property
-    def repom_session(self) -> Any:
-        connection: Any = self.connection
-        return connection.repom_session
-
-    def commit(self) -> None:
-        self._end(NestedTransaction.commit, undoing=False)
-
-    def rollback(self) -> None:
-        self._end(NestedTransaction.rollback, undoing=True)
-
-    def close(self) -> None:
-        self._end(NestedTransaction.close, undoing=True)
-
-    def _end(self, method: Callable[..., Any], *, undoing: bool) -> None:
-        try:
-            _leaving(method, undoing=undoing)(self)
-        finally:
-            if not self.is_active:
-                block_ended(self.repom_session, self, undone=undoing)
-
-
-_MANAGED_SAVEPOINTS: dict[type, type] = {
-    SessionTransaction: _SessionSavepoint,
-    NestedTransaction: _ConnectionSavepoint,
-}
 
 
 # --- rows
