@@ -43,8 +43,12 @@ class Remote:
 
 
 @asynccontextmanager
-async def worker(python: Path) -> AsyncIterator[Remote]:
-    """A worker process with the interpreter `python`; it ends with the block."""
+async def worker(python: Path, hash_seed: int = 0) -> AsyncIterator[Remote]:
+    """A worker process with the interpreter `python`; it ends with the block.
+
+    Args:
+        hash_seed: of Python's strings, on which depends where in memory much comes to lie.
+    """
     process = await asyncio.create_subprocess_exec(
         python,
         *("-m", "benchmarks.worker"),
@@ -52,7 +56,7 @@ async def worker(python: Path) -> AsyncIterator[Remote]:
         stdout=asyncio.subprocess.PIPE,
         limit=_LONGEST_LINE,
         cwd=ROOT,
-        env={**os.environ, "PYTHONHASHSEED": "0"},
+        env={**os.environ, "PYTHONHASHSEED": str(hash_seed)},
     )
     assert process.stdin is not None
     try:

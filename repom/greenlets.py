@@ -11,7 +11,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any, TypeVar
 
 from greenlet import getcurrent, greenlet
@@ -81,6 +81,10 @@ async def spawn(
     worker.parent = here
     worker.gr_context = here.gr_context
     worker.is_done = False
+    if type(function) is MethodType:
+        # Python calls its own functions without another frame of C's, but no methods so. What C
+        # has on its stack is copied with every switch, and kept while this waits.
+        function, args = function.__func__, (function.__self__, *args)
     awaited = worker.switch(function, args, kwargs)
     while not worker.is_done:
         try:

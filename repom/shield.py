@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from asyncio import AbstractEventLoop, CancelledError, Future, _enter_task, _leave_task
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Iterator
 from contextvars import Context
 from typing import Any, TypeVar
 
@@ -35,13 +35,23 @@ class Ending:
         limit: of its time, once it has to wait for something.
     """
 
-    limit: Limit | None = None
-    # These names anyio looks for.
-    _must_cancel = False
-    _fut_waiter: Future[Any] | None = None
+    __slots__ = (
+        "__weakref__",
+        "_cancels",
+        "_coro",
+        "_fut_waiter",
+        "_loop",
+        "_must_cancel",
+        "caller",
+        "limit",
+    )
 
     def __init__(self, coro: Coroutine[Any, Any, Any], caller: asyncio.Task[Any]) -> None:
         self.caller = caller
+        self.limit: Limit | None = None
+        # These names anyio looks for.
+        self._must_cancel = False
+        self._fut_waiter: Future[Any] | None = None
         self._coro = coro
         self._loop = caller.get_loop()
         self._cancels = 0
@@ -102,7 +112,9 @@ class Ending:
         return self._coro
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["caller"], name)
+        if name == "caller":  # it is over
+            raise AttributeError(name)
+        return getattr(self.caller, name)
 
 
 class _Waiting:
@@ -121,8 +133,8 @@ class _Waiting:
         self._is_cancelled = False
         self._asyncio_future_blocking = True
 
-    def __await__(self) -> Generator[Any, None, None]:
-        yield self
+    def __await__(self) -> Iterator[Any]:
+        return iter((self,))  # as `yield self` does, without a frame that is kept meanwhile
 
     def get_loop(self) -> AbstractEventLoop:
         return self._future.get_loop()
