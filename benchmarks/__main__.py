@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks import budget, cases, databases, environments, report
 from benchmarks.cases import APART, TOGETHER, Conditions
 from benchmarks.contenders import CONTENDERS, HOSTS, Contender
-from benchmarks.entrants import entrants
+from benchmarks.entrants import Entrant, Heading, entrants, rows, running
 from benchmarks.environments import python_of
 from benchmarks.processes import worker
 from benchmarks.results import Results
@@ -41,19 +41,29 @@ async def run(options: argparse.Namespace) -> Results:
     for database in options.database:
         async with databases.filled(database) as url, worker(Path(sys.executable)) as load:
             results.about[database] = await databases.version(url)
-            conditions = Conditions(effort, database, random.Random(options.seed), load)
+            conditions = Conditions(effort, random.Random(options.seed), load)
             for host in options.host:
                 mine = [contender for contender in contenders if contender.host == host]
                 alone = [[c for c in mine if c.environment == name] for name in names]
-                for group, compared in ((mine, TOGETHER), *((group, APART) for group in alone)):
+                for group, compared, series in (
+                    (mine, TOGETHER, effort.series[host]),
+                    *((group, APART, effort.repeats) for group in alone),
+                ):
                     wanted = [case for case in compared if _is_asked_for(case, database, options)]
                     if not group or not wanted:
                         continue
-                    async with entrants(group, host, url) as ready:
-                        for case in wanted:
-                            tell(f"{database}, {host}: {case} of {len(ready)} applications")
-                            results.rows += await compared[case](ready, case, conditions)
-                            save(results, options)
+                    ready = entrants(group)
+                    for number in range(series):
+                        tell(
+                            f"{database}, {host}: {', '.join(wanted)} of {len(ready)} "
+                            f"applications, {number + 1} of {series}"
+                        )
+                        async with running(ready, url, number, conditions.shuffle):
+                            for case in wanted:
+                                await compared[case](ready, case, conditions)
+                    for heading in headings(ready):
+                        results.rows += rows(ready, heading, database)
+                    save(results, options)
             if _is_asked_for("instructions", database, options):
                 tell(f"{database}: instructions")
                 results.rows += await cases.instructions(url, database, effort)
@@ -62,6 +72,11 @@ async def run(options: argparse.Namespace) -> Results:
                 results.rows += await cases.resident(contenders, url, database, effort)
             save(results, options)
     return results
+
+
+def headings(ready: list[Entrant]) -> list[Heading]:
+    """Everything that was measured, or has failed, in the order of its first time."""
+    return list(dict.fromkeys(h for each in ready for h in (*each.values, *each.errors)))
 
 
 def _is_asked_for(case: str, database: str, options: argparse.Namespace) -> bool:

@@ -55,7 +55,7 @@ def table(results: Results) -> list[str]:
             hand = _baseline(results, row)
             lines.append(
                 f"| memory, {title(row)} | {hand.values['peak'] / 1024:.1f} KiB "
-                f"| {row.values['peak'] / 1024:.1f} KiB | {ratio(row, 'peak')} "
+                f"| {row.values['peak'] / 1024:.1f} KiB | {row.ratios['peak'].median:.4f} "
                 f"| ±{spread(row.null['peak']):.3f} | | | "
                 f"| {_allowed(row)} | {_verdict(row, hand)} |"
             )

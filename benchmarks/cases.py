@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from benchmarks import cost, machine
 from benchmarks.contenders import HAND_WRITTEN, Contender, hand_written
-from benchmarks.entrants import Entrant, Measure, Values, load, rounds, rows
+from benchmarks.entrants import Entrant, Heading, Measure, Values, load, rounds
 from benchmarks.environments import python_of
 from benchmarks.processes import Remote, WorkerError, worker
 from benchmarks.results import Row
@@ -27,18 +27,21 @@ class Effort:
     """How long a run takes.
 
     Attributes:
-        rounds: of the sequential cases, by host. Many short ones: what disturbs the machine for
-            a moment disturbs few of them, and what does so for minutes disturbs all contenders
-            alike. On the bare host are few contenders, and the budget is decided there.
-        seconds: for which the hand-written code runs in each.
-        repeats: rounds of the other cases, which take longer.
+        series: of the sequential cases, by host: each in new processes. On the bare host are few
+            contenders, and the budget is decided there.
+        rounds: in each of these series.
+        seconds: for which the hand-written code runs in each round, and as long before it counts.
+            In the first 50 ms after a pause Linux has the application and its database server on
+            one core, where a round trip costs half of what it does when both are busy.
+        repeats: series of the other cases, which take longer, and have one round each.
         requests: after which the memory is looked at again.
         traced: requests whose memory is traced.
         levels: requests in flight in the case `growth`.
         machine: whether machine instructions are counted too, which takes minutes.
     """
 
-    rounds: Mapping[str, int]
+    series: Mapping[str, int]
+    rounds: int
     seconds: float
     repeats: int
     requests: int
@@ -48,8 +51,9 @@ class Effort:
 
 
 FULL = Effort(
-    {"asgi": 240, "fastapi": 160},
-    0.02,
+    {"asgi": 40, "fastapi": 8},
+    2,
+    0.3,
     4,
     100_000,
     100,
@@ -57,9 +61,9 @@ FULL = Effort(
     machine=True,
 )
 SHORT = Effort(
-    {"asgi": 160, "fastapi": 40}, 0.015, 1, 10_000, 20, (1, 10, 100, 500, 2000), machine=False
+    {"asgi": 10, "fastapi": 3}, 1, 0.2, 1, 10_000, 20, (1, 10, 100, 500, 2000), machine=False
 )
-QUICK = Effort({"asgi": 2, "fastapi": 2}, 0.02, 1, 1_000, 8, (1, 500), machine=False)
+QUICK = Effort({"asgi": 2, "fastapi": 2}, 1, 0.02, 1, 1_000, 8, (1, 500), machine=False)
 EFFORTS = {"full": FULL, "short": SHORT, "quick": QUICK}
 
 
@@ -68,68 +72,65 @@ class Conditions:
     """What the cases need to know besides their entrants."""
 
     effort: Effort
-    database: str
     shuffle: random.Random
     load: Remote
 
     async def compare(
         self,
         ready: list[Entrant],
-        case: str,
+        heading: Heading,
         measure: Measure,
-        concurrency: int = 1,
-        repeat: int | None = None,
-    ) -> list[Row]:
-        """Measure, in `repeat` rounds, or as many as there are of what takes long."""
-        repeat = repeat or self.effort.repeats
-        await rounds(ready, measure, repeat=repeat, shuffle=self.shuffle)
-        return rows(ready, case, self.database, concurrency)
+        repeat: int = 1,
+    ) -> None:
+        """Measure, in `repeat` rounds."""
+        await rounds(ready, heading, measure, repeat=repeat, shuffle=self.shuffle)
 
     async def count(self, ready: list[Entrant], endpoint: str) -> int:
         """How many requests the hand-written code answers in the seconds of a round."""
         try:
-            for count in (20, 100):  # the first ones have connections to open
-                found = await run(endpoint, count)(ready[0])
+            found = await run(endpoint, 100, before=20)(ready[0])  # which open connections
         except WorkerError:
             return 10  # the rounds will meet it, too, and say so
         return max(10, round(self.effort.seconds / found["wall"]))
 
 
-def run(endpoint: str, count: int, concurrency: int = 1) -> Measure:
-    """In process, without HTTP."""
+def run(endpoint: str, count: int, concurrency: int = 1, *, before: int | None = None) -> Measure:
+    """In process, without HTTP; `before`, and else as many again, do not count."""
 
     async def measure(entrant: Entrant) -> Values:
         found: Values = await entrant.remote.ask(
-            "run", app=entrant.app, endpoint=endpoint, count=count, concurrency=concurrency
+            "run",
+            app=entrant.app,
+            endpoint=endpoint,
+            count=count,
+            concurrency=concurrency,
+            before=count if before is None else before,
         )
         return found
 
     return measure
 
 
-async def sequential(ready: list[Entrant], case: str, conditions: Conditions) -> list[Row]:
+async def sequential(ready: list[Entrant], case: str, conditions: Conditions) -> None:
     """One request after the other; the case has the endpoint's name."""
     count = await conditions.count(ready, case)
-    repeat = conditions.effort.rounds[ready[0].contender.host]
-    return await conditions.compare(ready, case, run(case, count), repeat=repeat)
+    await conditions.compare(ready, Heading(case), run(case, count), conditions.effort.rounds)
 
 
-async def pool(ready: list[Entrant], case: str, conditions: Conditions) -> list[Row]:
+async def pool(ready: list[Entrant], case: str, conditions: Conditions) -> None:
     """Fifty times as many requests in flight as there are connections."""
     measure = run("select", IN_FLIGHT, IN_FLIGHT)
-    return await conditions.compare(ready, case, measure, IN_FLIGHT)
+    await conditions.compare(ready, Heading(case, IN_FLIGHT), measure)
 
 
-async def growth(ready: list[Entrant], case: str, conditions: Conditions) -> list[Row]:
+async def growth(ready: list[Entrant], case: str, conditions: Conditions) -> None:
     """More and more requests in flight."""
-    found = []
     for level in conditions.effort.levels:
         measure = run("select", max(100, level), level)
-        found += await conditions.compare(ready, case, measure, level)
-    return found
+        await conditions.compare(ready, Heading(case, level), measure)
 
 
-async def memory(ready: list[Entrant], case: str, conditions: Conditions) -> list[Row]:
+async def memory(ready: list[Entrant], case: str, conditions: Conditions) -> None:
     """What one request allocates at the most, and what it leaves."""
 
     def allocate(endpoint: str) -> Measure:
@@ -144,38 +145,34 @@ async def memory(ready: list[Entrant], case: str, conditions: Conditions) -> lis
 
         return measure
 
-    found = []
     for endpoint in ("nothing", "select", "insert"):
-        found += await conditions.compare(ready, f"{case} {endpoint}", allocate(endpoint))
-    return found
+        await conditions.compare(ready, Heading(f"{case} {endpoint}"), allocate(endpoint))
 
 
-async def sockets(ready: list[Entrant], case: str, conditions: Conditions) -> list[Row]:
+async def sockets(ready: list[Entrant], case: str, conditions: Conditions) -> None:
     """uvicorn in the worker's process, and the load from another one."""
 
     def fire(endpoint: str, count: int) -> Measure:
         async def measure(entrant: Entrant) -> Values:
             if not entrant.port:
                 entrant.port = await entrant.remote.ask("serve", app=entrant.app)
-            before = await entrant.remote.ask("cpu")
-            found: Values = await conditions.load.ask(
-                "fire",
-                port=entrant.port,
-                endpoint=endpoint,
-                count=count,
-                connections=CONNECTIONS,
-            )
-            return {**found, "cpu": (await entrant.remote.ask("cpu") - before) / count}
+            for _ in range(2):  # the first time does not count
+                before = await entrant.remote.ask("cpu")
+                found: Values = await conditions.load.ask(
+                    "fire",
+                    port=entrant.port,
+                    endpoint=endpoint,
+                    count=count,
+                    connections=CONNECTIONS,
+                )
+                cpu = (await entrant.remote.ask("cpu") - before) / count
+            return {**found, "cpu": cpu}
 
         return measure
 
-    found = []
     for endpoint in ("nothing", "select", "insert"):
-        count = max(8 * CONNECTIONS, await conditions.count(ready, endpoint))
-        found += await conditions.compare(
-            ready, f"{case} {endpoint}", fire(endpoint, min(count, 2000))
-        )
-    return found
+        count = min(2000, max(8 * CONNECTIONS, await conditions.count(ready, endpoint)))
+        await conditions.compare(ready, Heading(f"{case} {endpoint}"), fire(endpoint, count))
 
 
 async def instructions(url: str, database: str, effort: Effort) -> list[Row]:
@@ -224,14 +221,15 @@ async def resident(
         if contender.host != "fastapi":
             continue
         async with worker(python_of(contender.environment)) as remote:
-            entrant = Entrant(contender, False, remote)
+            entrant = Entrant(contender)
+            entrant.remote = remote
             row = Row("resident", database, "fastapi", contender.environment, contender.name)
             early = effort.requests // 10
             try:
                 await load(entrant, url)
-                await run("select", early)(entrant)
+                await run("select", early, before=0)(entrant)
                 row.values["early"] = await remote.ask("resident")
-                await run("select", effort.requests - early)(entrant)
+                await run("select", effort.requests - early, before=0)(entrant)
                 row.values["late"] = await remote.ask("resident")
             except WorkerError as error:
                 row.error = str(error)
@@ -239,9 +237,9 @@ async def resident(
     return found
 
 
-#: Everybody takes part in each round.
-TOGETHER = {**dict.fromkeys(SEQUENTIAL, sequential), "memory": memory}
+#: Everybody takes part in each round, and there are many series.
+TOGETHER = dict.fromkeys(SEQUENTIAL, sequential)
 
 #: One environment at a time. Every entrant fills its pool here, and a database server has 100
 #: connections, or 150, and not one for each of all the pools.
-APART = {"pool": pool, "growth": growth, "sockets": sockets}
+APART = {"pool": pool, "growth": growth, "memory": memory, "sockets": sockets}

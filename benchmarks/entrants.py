@@ -1,13 +1,20 @@
-"""The applications that are compared: started, checked, measured in rounds of random order."""
+"""The applications that are compared: started, checked, measured in rounds of random order.
+
+Again and again, each time in new processes: a series. Two processes of one application do not take
+the same time, since what they use lies elsewhere in memory, and no number of rounds in one process
+would say so.
+"""
 
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from statistics import median
+from typing import NamedTuple
 
 from benchmarks.contenders import Contender, hand_written
 from benchmarks.environments import python_of
@@ -30,56 +37,83 @@ EXPECTED = {
 ENGINE = {"pool_size": POOL_SIZE, "max_overflow": 0, "pool_timeout": 60}
 
 
+class Heading(NamedTuple):
+    """What is measured: a case, and how many requests are in flight."""
+
+    case: str
+    concurrency: int = 1
+
+
 @dataclass
 class Entrant:
-    """An application in a worker, and what its rounds have given."""
+    """An application, and what its series have given.
+
+    Attributes:
+        values: by heading and name, the median of the rounds of each series.
+        errors: by heading, why there is nothing else.
+        broken: why it did not even start.
+        answers_first: whether it commits after it has answered.
+        remote: the process in which it runs.
+        port: on which it is served there.
+    """
 
     contender: Contender
-    again: bool
-    remote: Remote
-    values: dict[str, list[float]] = field(default_factory=dict)
-    error: str = ""  # in this case
-    broken: str = ""  # did not even start
-    answers_first: bool = False  # and commits then
+    again: bool = False
+    values: dict[Heading, dict[str, list[float]]] = field(default_factory=dict)
+    errors: dict[Heading, str] = field(default_factory=dict)
+    broken: str = ""
+    answers_first: bool = False
+    remote: Remote = field(init=False)
     port: int = 0
 
     @property
     def app(self) -> str:
         """What the worker calls it."""
-        return f"{self.contender.build}{' again' * self.again}"
+        return self.contender.build
+
+    def error(self, heading: Heading) -> str:
+        """Why it has no values there, if so it is."""
+        return self.broken or self.errors.get(heading, "")
 
 
 Values = dict[str, float]
 Measure = Callable[[Entrant], Awaitable[Values]]
 
 
-@asynccontextmanager
-async def entrants(
-    contenders: Iterable[Contender], host: str, url: str
-) -> AsyncIterator[list[Entrant]]:
-    """All of one host, each in a process of its own, started and ready.
+def entrants(contenders: Iterable[Contender]) -> list[Entrant]:
+    """All of one host; in each environment the hand-written code comes first, and once again."""
+    found = []
+    for environment, group in groupby(contenders, lambda contender: contender.environment):
+        mine = list(group)
+        baseline = hand_written(environment, mine[0].host)
+        found += [Entrant(baseline), Entrant(baseline, again=True), *map(Entrant, mine)]
+    return found
 
-    In each environment the hand-written code comes first, and its second copy. In one process
-    they would be what no application is: Python learns which types a place in SQLAlchemy's code
-    meets, and would unlearn it with every change from one to the other.
+
+@asynccontextmanager
+async def running(
+    entrants: list[Entrant], url: str, series: int, shuffle: random.Random
+) -> AsyncIterator[None]:
+    """All of them, each in a process of its own, started and ready.
+
+    In one process they would be what no application is: Python learns which types a place in
+    SQLAlchemy's code meets, and would unlearn it with every change from one to the other. They
+    start in random order, since those that a machine has started first can be slower for long.
+
+    Args:
+        series: the how-manieth time, which is the seed of Python's hashes.
     """
-    mine = [contender for contender in contenders if contender.host == host]
     async with AsyncExitStack() as stack:
-        ready = []
-        for environment, group in groupby(mine, lambda contender: contender.environment):
-            baseline = hand_written(environment, host)
-            for contender, again in [
-                (baseline, False),
-                (baseline, True),
-                *((contender, False) for contender in group),
-            ]:
-                remote = await stack.enter_async_context(worker(python_of(environment)))
-                entrant = Entrant(contender, again, remote)
-                await _try(entrant, load(entrant, url))
-                await _try(entrant, check(entrant, url))
-                entrant.broken = entrant.error
-                ready.append(entrant)
-        yield ready
+        for entrant in shuffle.sample(entrants, len(entrants)):
+            python = python_of(entrant.contender.environment)
+            entrant.remote = await stack.enter_async_context(worker(python, series))
+            entrant.port = 0
+            try:
+                await load(entrant, url)
+                await check(entrant, url)
+            except WorkerError as error:
+                entrant.broken = str(error)
+        yield
 
 
 async def load(entrant: Entrant, url: str) -> None:
@@ -108,52 +142,58 @@ async def check(entrant: Entrant, url: str) -> None:
     entrant.answers_first = at_start == 0
 
 
-async def _try(entrant: Entrant, doing: Awaitable[Values | None]) -> Values:
-    """What it gives, or nothing: one that fails is out, and the others go on."""
-    try:
-        return await doing or {}
-    except WorkerError as error:
-        entrant.error = str(error)
-        return {}
-
-
 async def rounds(
-    ready: list[Entrant], measure: Measure, *, repeat: int, shuffle: random.Random
+    entrants: list[Entrant],
+    heading: Heading,
+    measure: Measure,
+    *,
+    repeat: int,
+    shuffle: random.Random,
 ) -> None:
-    """Measure all entrants in random order, again and again; the first round does not count."""
-    for entrant in ready:
-        entrant.values.clear()
-        entrant.error = entrant.broken
-    for number in range(repeat + 1):
-        for entrant in shuffle.sample(ready, len(ready)):
-            if not entrant.error:
-                found = await _try(entrant, measure(entrant))
-                for name, value in found.items() if number else ():
-                    entrant.values.setdefault(name, []).append(value)
+    """Measure all in random order, again and again. One that fails is out, the others go on."""
+    found: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for _ in range(repeat):
+        for place in shuffle.sample(range(len(entrants)), len(entrants)):
+            entrant = entrants[place]
+            if entrant.error(heading):
+                continue
+            try:
+                values = await measure(entrant)
+            except WorkerError as error:
+                entrant.errors[heading] = str(error)
+                continue
+            for name, value in values.items():
+                found[place][name].append(value)
+    for place, by_name in found.items():
+        series = entrants[place].values.setdefault(heading, {})
+        for name, each in by_name.items():
+            series.setdefault(name, []).append(median(each))
 
 
-def rows(ready: list[Entrant], case: str, database: str, concurrency: int = 1) -> list[Row]:
-    """What the rounds of all entrants say, each against the hand-written code beside it."""
+def rows(entrants: list[Entrant], heading: Heading, database: str) -> list[Row]:
+    """What all series say, each entrant against the hand-written code beside it."""
     found = []
-    for environment, group in groupby(ready, lambda entrant: entrant.contender.environment):
+    for environment, group in groupby(entrants, lambda entrant: entrant.contender.environment):
         baseline, again, *others = group
         for entrant in (baseline, again, *others):
+            values = entrant.values.get(heading, {})
             row = Row(
-                case,
+                heading.case,
                 database,
                 entrant.contender.host,
                 environment,
                 entrant.contender.name,
-                concurrency,
+                heading.concurrency,
                 entrant.again,
                 entrant.answers_first,
-                {name: median(values) for name, values in entrant.values.items()},
-                error=entrant.error or baseline.error or again.error,
+                {name: median(series) for name, series in values.items()},
+                error=entrant.error(heading) or baseline.error(heading) or again.error(heading),
             )
             # What is left behind is nothing, or nearly, and has no ratio.
             for name in () if row.error else row.values.keys() - {"left"}:
                 row.ratios[name], row.null[name] = (
-                    ratio(one.values[name], baseline.values[name]) for one in (entrant, again)
+                    ratio(one.values[heading][name], baseline.values[heading][name])
+                    for one in (entrant, again)
                 )
             found.append(row)
     return found

@@ -69,12 +69,15 @@ class Worker:
         return [found, at_start - before, after - before]
 
     async def run(
-        self, app: str, endpoint: str, count: int, concurrency: int = 1
+        self, app: str, endpoint: str, count: int, concurrency: int = 1, before: int = 0
     ) -> dict[str, float]:
-        """Run requests; the seconds of each, of all threads' CPU time and of the clock."""
+        """Run requests; the seconds of each, of all threads' CPU time and of the clock.
+
+        Args:
+            before: so many are run first, in the same way, and do not count.
+        """
         application, state = self._apps[app]
-        # The processors' caches were somebody else's.
-        await run_requests(application, endpoint, 3, 1, state)
+        await run_requests(application, endpoint, before, concurrency, state)
         wall, cpu = time.perf_counter(), time.process_time()
         await run_requests(application, endpoint, count, concurrency, state)
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall

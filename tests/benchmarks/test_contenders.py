@@ -29,7 +29,8 @@ async def test_it_answers_as_the_others_do_and_commits_first(
     await fill(url)
 
     async with worker(Path(sys.executable)) as remote:
-        entrant = Entrant(contender, False, remote)
+        entrant = Entrant(contender)
+        entrant.remote = remote
         await load(entrant, url)
         await check(entrant, url)
 
