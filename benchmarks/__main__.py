@@ -142,11 +142,13 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     # What has measured everything, with time, is written to docs/.
     options.to = RESULTS
-    if options.budget:
-        options.to = BUDGET
-        options.case, options.host, options.contender = list(budget.CASES), ["asgi"], ["repom"]
-    elif options.case or options.database or options.host or options.contender:
+    if options.case or options.database or options.host or options.contender:
         options.to = None
+    elif options.budget:
+        options.to = BUDGET
+    if options.budget:
+        options.case = options.case or list(budget.CASES)
+        options.host, options.contender = ["asgi"], ["repom"]
     if options.effort == "quick":
         options.to = None
     options.case = options.case or cases.CASES

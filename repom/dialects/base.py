@@ -25,6 +25,7 @@ from repom.errors import (
     TransactionAbortedError,
     TwoPhaseUnavailableError,
 )
+from repom.handing import HandingQueuePool
 from repom.lending import LendingQueuePool
 from repom.observer import observer_here
 from repom.urls import safe
@@ -85,7 +86,7 @@ class Support:
         return kwargs | {"poolclass": pool}
 
     def default_pool(self) -> type[Pool]:
-        return AsyncAdaptedQueuePool if self.is_async else LendingQueuePool
+        return HandingQueuePool if self.is_async else LendingQueuePool
 
     # --- what only one dialect can answer; none of it asks the server
 
@@ -303,7 +304,10 @@ def aborted() -> TransactionAbortedError:
     )
 
 
-_ASYNC_TWIN: dict[type[Pool], type[Pool]] = {QueuePool: AsyncAdaptedQueuePool}
+_ASYNC_TWIN: dict[type[Pool], type[Pool]] = {
+    AsyncAdaptedQueuePool: HandingQueuePool,
+    QueuePool: HandingQueuePool,
+}
 _SYNC_TWIN: dict[type[Pool], type[Pool]] = {
     AsyncAdaptedQueuePool: LendingQueuePool,
     QueuePool: LendingQueuePool,

@@ -1,4 +1,4 @@
-"""What the benchmarks make of their rounds, and of the processes that they start again and again."""
+"""What the benchmarks make of their rounds, and of the processes that they start anew."""
 
 import asyncio
 import random

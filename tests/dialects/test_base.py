@@ -26,6 +26,7 @@ from repom.conflicts import is_conflict
 from repom.database import Database
 from repom.dialects import Support, support_for
 from repom.errors import CommitOutcomeUnknown, DatabaseUnreachableError, TransactionAbortedError
+from repom.handing import HandingQueuePool
 from repom.lending import LendingQueuePool
 from tests.dialects.drivers import KINDS, Driver, in_clear, open_driver
 from tests.support.faultproxy import FaultProxy
@@ -587,11 +588,11 @@ def support(is_async: bool) -> Support:
 @pytest.mark.parametrize(
     ("given", "is_async", "used"),
     [
-        (None, True, AsyncAdaptedQueuePool),
+        (None, True, HandingQueuePool),
         (None, False, LendingQueuePool),
-        (QueuePool, True, AsyncAdaptedQueuePool),
+        (QueuePool, True, HandingQueuePool),
         (QueuePool, False, LendingQueuePool),
-        (AsyncAdaptedQueuePool, True, AsyncAdaptedQueuePool),
+        (AsyncAdaptedQueuePool, True, HandingQueuePool),
         (AsyncAdaptedQueuePool, False, LendingQueuePool),
         (NullPool, True, NullPool),
         (NullPool, False, NullPool),
