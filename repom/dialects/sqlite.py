@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
-import threading
 import time
 import uuid
 import weakref
@@ -27,6 +26,7 @@ from sqlalchemy.util import asbool, await_only
 
 from repom.context import Surroundings, surroundings
 from repom.dialects.aiosqlite_cursor import execute_in_one_step
+from repom.dialects.aiosqlite_threads import AbandonedThreads
 from repom.dialects.base import Support
 from repom.dialects.variants import marking_engine, variant_of
 from repom.dialects.write_queue import Ticket, WriteQueue, write_queue
@@ -128,6 +128,7 @@ class SQLite(Support):
         self.path = _path(url)
         self.timeout = BUSY_TIMEOUT
         self._queue: WriteQueue = write_queue(self.path)
+        self._abandoned = AbandonedThreads()
 
     def check(self) -> None:
         """Make the folder of the file; raise `DatabaseFileError` if nothing can be written."""
@@ -186,11 +187,7 @@ class SQLite(Support):
         return DatabaseFileError(_cannot_open(self.path, error))
 
     def abandon(self, driver_connection: Any) -> None:
-        # From a thread without a loop: else it makes a future of the running one, which may be
-        # closed before aiosqlite's thread comes to tell it.
-        thread = threading.Thread(target=driver_connection.stop)
-        thread.start()
-        thread.join()
+        self._abandoned.stop(driver_connection)
 
     def install(self, engine: Engine) -> None:
         super().install(engine)
@@ -200,6 +197,7 @@ class SQLite(Support):
             # SQLAlchemy awaits aiosqlite's close() first. Cancelled there, it stops the thread
             # that was to do that, and leaves a task behind that waits for it forever.
             dialect.do_terminate = lambda connection: self.abandon(connection.driver_connection)
+            self._abandoned.watch(engine)
 
     def _connect(self, connect: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         dbapi_connection = super()._connect(connect, *args, **kwargs)

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from sqlalchemy.orm import Session
 
 from repom.begin import BeginOptions
 from repom.database import Database
+from repom.dialects import aiosqlite_threads
 from repom.dialects.sqlite import SQLite, private_memory
 from repom.dialects.write_queue import WriteQueue, write_queue
 from repom.errors import (
@@ -769,9 +770,48 @@ async def test_a_closed_connection_holds_no_lock(driver: Driver) -> None:
         cursor.fetchone()
 
 
-def test_a_connection_thrown_away_may_outlive_its_loop(sqlite_url: str) -> None:
-    """Nobody awaits its end, so its thread does not tell it to a loop that is closed by then: as
-    when a server stops that has cancelled a task."""
+def thread_that_outlives(work: Callable[[], Coroutine[Any, Any, None]]) -> threading.Thread | None:
+    """That of aiosqlite which is still there when the event loop of `work` is closed."""
+    before = set(threading.enumerate())
+    asyncio.run(work())
+    left = set(threading.enumerate()) - before
+    return left.pop() if left else None
+
+
+def test_a_loop_waits_for_what_a_cancelled_statement_still_tells_it(sqlite_url: str) -> None:
+    """Its thread cannot be stopped, and pytest would fail the test for an exception that ends it:
+    as when a server stops that has cancelled a request."""
+    executing = threading.Event()
+
+    class Slow(sqlite3.Connection):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.create_function("be_slow", 0, self._be_slow)
+
+        def _be_slow(self) -> None:
+            executing.set()
+            time.sleep(0.3)  # longer than it takes to close the loop
+
+    database = Database(sqlite_url, engine_kwargs={"connect_args": {"factory": Slow}})
+
+    async def execute() -> None:
+        async with database.async_engine.connect() as connection:
+            await connection.execute(text("select be_slow()"))
+
+    async def cancel() -> None:
+        task = asyncio.create_task(execute())
+        await until(executing.is_set)
+        task.cancel()
+        await asyncio.wait((task,))
+
+    assert thread_that_outlives(cancel) is None
+
+
+def test_a_connection_thrown_away_may_outlive_its_loop(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it takes too long to wait for it. Its thread does not tell its end to the closed loop."""
+    monkeypatch.setattr(aiosqlite_threads, "LIMIT", 0.1)
     loop_is_closed = threading.Event()
 
     class Slow(sqlite3.Connection):
@@ -785,10 +825,9 @@ def test_a_connection_thrown_away_may_outlive_its_loop(sqlite_url: str) -> None:
         async with database.async_engine.connect() as connection:
             await connection.invalidate()
 
-    before = set(threading.enumerate())
-    asyncio.run(throw_away())
-    (thread,) = set(threading.enumerate()) - before
+    thread = thread_that_outlives(throw_away)
     loop_is_closed.set()
+    assert thread is not None
     thread.join(10)  # pytest fails the test if an exception ends it
     assert not thread.is_alive()
 
