@@ -81,7 +81,7 @@ async def spawn(
     worker.parent = here
     worker.gr_context = here.gr_context
     worker.is_done = False
-    if type(function) is MethodType:
+    if isinstance(function, MethodType):
         # Python calls its own functions without another frame of C's, but no methods so. What C
         # has on its stack is copied with every switch, and kept while this waits.
         function, args = function.__func__, (function.__self__, *args)

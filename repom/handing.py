@@ -25,7 +25,7 @@ class _Queue(AsyncAdaptedQueue[ConnectionPoolEntry]):
         return asyncio.LifoQueue() if self.use_lifo else asyncio.Queue()  # full is what we say
 
     def full(self) -> bool:
-        return 0 < self.maxsize <= self.qsize() - self._waiting
+        return 0 < self.maxsize <= self._queue.qsize() - self._waiting
 
     def put_nowait(self, item: ConnectionPoolEntry) -> None:
         if self.full():

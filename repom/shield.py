@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from asyncio import AbstractEventLoop, CancelledError, Future, _enter_task, _leave_task
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context
 from typing import Any, TypeVar
 
@@ -133,8 +133,10 @@ class _Waiting:
         self._is_cancelled = False
         self._asyncio_future_blocking = True
 
-    def __await__(self) -> Iterator[Any]:
-        return iter((self,))  # as `yield self` does, without a frame that is kept meanwhile
+    def __await__(self) -> Generator[Any, None, None]:
+        # As `yield self` does, without a frame that is kept meanwhile.
+        waited_for: Any = iter((self,))
+        return waited_for  # type: ignore[no-any-return]
 
     def get_loop(self) -> AbstractEventLoop:
         return self._future.get_loop()
