@@ -84,7 +84,8 @@ async def spawn(
     if isinstance(function, MethodType):
         # Python calls its own functions without another frame of C's, but no methods so. What C
         # has on its stack is copied with every switch, and kept while this waits.
-        function, args = function.__func__, (function.__self__, *args)
+        args = (function.__self__, *args)
+        function = function.__func__
     awaited = worker.switch(function, args, kwargs)
     while not worker.is_done:
         try:
