@@ -86,7 +86,7 @@ def _is_asked_for(case: str, database: str, options: argparse.Namespace) -> bool
 
 
 def save(results: Results, options: argparse.Namespace) -> None:
-    """Keep what there is: a run takes more than an hour."""
+    """Keep what there is: a run takes two hours."""
     if options.to is not None:
         results.write(options.to)
 
@@ -122,7 +122,7 @@ def arguments() -> argparse.Namespace:
     efforts = parser.add_mutually_exclusive_group()
     for effort, help_text in (
         ("quick", "does it work? measures little"),
-        ("short", "less than an hour; the null says what the numbers are worth"),
+        ("short", "a third of the time; the null says what the numbers are worth"),
     ):
         efforts.add_argument(
             f"--{effort}", dest="effort", action="store_const", const=effort, help=help_text
@@ -149,6 +149,7 @@ def arguments() -> argparse.Namespace:
     if options.budget:
         options.case = options.case or list(budget.CASES)
         options.host, options.contender = ["asgi"], ["repom"]
+        options.effort = "decisive" if options.effort == "full" else options.effort
     if options.effort == "quick":
         options.to = None
     options.case = options.case or cases.CASES

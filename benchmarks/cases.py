@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks import cost, machine
 from benchmarks.contenders import HAND_WRITTEN, Contender, hand_written
@@ -51,20 +51,22 @@ class Effort:
 
 
 FULL = Effort(
-    {"asgi": 40, "fastapi": 8},
-    2,
+    {"asgi": 16, "fastapi": 4},
+    1,
     0.3,
-    4,
+    2,
     100_000,
     100,
     (1, 10, 100, 500, 1000, 2000),
     machine=True,
 )
 SHORT = Effort(
-    {"asgi": 10, "fastapi": 3}, 1, 0.2, 1, 10_000, 20, (1, 10, 100, 500, 2000), machine=False
+    {"asgi": 6, "fastapi": 2}, 1, 0.2, 1, 10_000, 20, (1, 10, 100, 500, 2000), machine=False
 )
 QUICK = Effort({"asgi": 2, "fastapi": 2}, 1, 0.02, 1, 1_000, 8, (1, 500), machine=False)
-EFFORTS = {"full": FULL, "short": SHORT, "quick": QUICK}
+#: For the two contenders that the budget is about.
+DECISIVE = replace(FULL, series={"asgi": 40})
+EFFORTS = {"decisive": DECISIVE, "full": FULL, "short": SHORT, "quick": QUICK}
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,7 @@ def about(results: Results) -> str:
 
 
 _OF_EFFORT = {
+    "decisive": "",
     "full": "",
     "short": "A short run: the null says how much each number is worth.\n\n",
     "quick": "**A quick run: it shows that everything works, and not what it costs.**\n\n",

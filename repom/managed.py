@@ -261,7 +261,7 @@ def _after_begin(session: Any, transaction: SessionTransaction, connection: Any)
     info_of(connection.connection)[CLOSED_BY_COMMIT] = True
 
 
-def _before_attach(session: Any, instance: object) -> None:
+def _before_attach(session: Any, state: object) -> None:
     # `add()` asks no database, so nobody else would say that this comes too late.
     gate: Gate = session.repom_gate
     blocks = gate.blocks
@@ -293,6 +293,6 @@ def _after_transaction_end(session: Any, transaction: SessionTransaction) -> Non
 
 
 event.listen(ManagedSession, "after_begin", _after_begin)
-event.listen(ManagedSession, "before_attach", _before_attach)
+event.listen(ManagedSession, "before_attach", _before_attach, raw=True)  # costs less
 event.listen(ManagedSession, "after_commit", _after_commit)
 event.listen(ManagedSession, "after_transaction_end", _after_transaction_end)
