@@ -46,3 +46,4 @@ class HandingQueuePool(AsyncAdaptedQueuePool):
     """SQLAlchemy's `AsyncAdaptedQueuePool`, which hands a connection to who waits for it."""
 
     _queue_class = _Queue
+    _sqla_logger_namespace = "sqlalchemy.pool.impl.AsyncAdaptedQueuePool"  # where users look for it

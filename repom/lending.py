@@ -49,6 +49,8 @@ def _one_less(limiter: CapacityLimiter) -> None:
 class LendingQueuePool(QueuePool):
     """SQLAlchemy's `QueuePool`, whose waiting threads lend their places."""
 
+    _sqla_logger_namespace = "sqlalchemy.pool.impl.QueuePool"  # where users look for it
+
     def _do_get(self) -> ConnectionPoolEntry:
         exhausted = self._overflow >= self._max_overflow > -1
         if not (exhausted and self._pool.empty()):

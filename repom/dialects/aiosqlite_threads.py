@@ -12,7 +12,7 @@ import time
 from typing import Any
 from weakref import WeakSet
 
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
@@ -28,7 +28,16 @@ class AbandonedThreads:
 
     def watch(self, engine: Engine) -> None:
         """Let `engine` wait for them when it is disposed of, as its event loop does in the end."""
-        event.listen(engine, "engine_disposed", self._disposed)
+        dispose = engine.dispose
+
+        def dispose_and_wait(close: bool = True) -> None:
+            dispose(close)
+            if in_greenlet() and any(thread.is_alive() for thread in self._threads):
+                await_only(asyncio.to_thread(self._join))
+
+        # No "engine_disposed": a single listener makes SQLAlchemy prepare for all of the engine's
+        # events at every statement.
+        engine.dispose = dispose_and_wait  # type: ignore[method-assign]
 
     def stop(self, driver_connection: Any) -> None:
         """Close the connection as soon as its thread comes to it, and go on."""
@@ -38,10 +47,6 @@ class AbandonedThreads:
         thread = threading.Thread(target=driver_connection.stop)
         thread.start()
         thread.join()
-
-    def _disposed(self, engine: Engine) -> None:
-        if in_greenlet() and any(thread.is_alive() for thread in self._threads):
-            await_only(asyncio.to_thread(self._join))
 
     def _join(self) -> None:
         end = time.monotonic() + LIMIT

@@ -612,6 +612,14 @@ def test_one_poolclass_serves_both_worlds(
     assert issubclass(used, QueuePool) or not kwargs.keys() & QUEUE.keys()
 
 
+async def test_pools_log_by_the_names_that_sqlalchemy_documents(database_url: str) -> None:
+    """So that `logging.getLogger("sqlalchemy.pool")` is all that users need to know."""
+    database = Database(database_url)
+    for pool in (database.async_engine.pool, database.engine.pool):
+        assert pool.logger.name.startswith("sqlalchemy.pool.")
+    await database.dispose()
+
+
 @pytest.mark.parametrize(
     "poolclass", [None, NullPool, StaticPool, QueuePool, AsyncAdaptedQueuePool]
 )
