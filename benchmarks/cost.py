@@ -129,7 +129,7 @@ def where(cost: Cost, baseline: Cost) -> list[tuple[str, int]]:
 
 #: What the modules of repom do for a request.
 _PARTS = {
-    "the response: message by message": ("exchange", "response", "policy", "session"),
+    "the response: message by message": ("exchange", "so_far", "response", "policy", "session"),
     "the unit of work, and its session": (
         *("scope", "participant", "registry", "database", "current", "loops", "callbacks"),
         *("context", "sessionmakers", "engine_factory", "begin"),

@@ -616,7 +616,8 @@ async def test_pools_log_by_the_names_that_sqlalchemy_documents(database_url: st
     """So that `logging.getLogger("sqlalchemy.pool")` is all that users need to know."""
     database = Database(database_url)
     for pool in (database.async_engine.pool, database.engine.pool):
-        assert pool.logger.name.startswith("sqlalchemy.pool.")
+        logger: Any = pool.logger
+        assert logger.name.startswith("sqlalchemy.pool.")
     await database.dispose()
 
 
