@@ -81,11 +81,11 @@ async def spawn(
     worker.parent = here
     worker.gr_context = here.gr_context
     worker.is_done = False
-    if isinstance(function, MethodType):
-        # Python calls its own functions without another frame of C's, but no methods so. What C
-        # has on its stack is copied with every switch, and kept while this waits.
-        args = (function.__self__, *args)
-        function = function.__func__
+    if type(function) is MethodType:  # and none of those that only look so, as tracing makes them
+        # Since 3.12 Python calls its own functions without another frame of C's, but no methods
+        # so. What C has on its stack is copied with every switch, and kept while this waits.
+        method: Any = function
+        function, args = method.__func__, (method.__self__, *args)
     awaited = worker.switch(function, args, kwargs)
     while not worker.is_done:
         try:

@@ -170,12 +170,13 @@ class LoopEngines:
             connections = engine.give_up_pooled()
             for connection in connections:
                 self._abandon(connection)
-            logger.warning(
-                "%d connection(s) to %s did not close within %g s. They were terminated.",
-                len(connections),
-                self._name,
-                CLOSE_TIMEOUT,
-            )
+            if connections:
+                logger.warning(
+                    "%d connection(s) to %s did not close within %g s. They were terminated.",
+                    len(connections),
+                    self._name,
+                    CLOSE_TIMEOUT,
+                )
         finally:
             if engine.driver_connections():
                 with self._mutex:

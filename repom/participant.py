@@ -26,6 +26,7 @@ from repom.managed import InnerCommits, ManagedSession, managed_class
 from repom.read_only import read_only_class
 from repom.reader_session import RoutedSession, reader_class, writer_class
 from repom.readers import Readers
+from repom.session_events import expect_usual_events
 from repom.shield import Ending
 
 # Of their own: on the endpoints' limiter, endpoints that wait for a pooled connection would
@@ -92,6 +93,7 @@ class Participant:
     ) -> None:
         self.gate = gate
         session = self.sync_session
+        expect_usual_events(session)
         session.repom_gate = gate
         session.repom_inner_commits = inner_commits
         session.repom_callbacks = callbacks

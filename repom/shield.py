@@ -36,6 +36,7 @@ class Ending:
     """
 
     __slots__ = (
+        "__dict__",  # as a task has one, for whoever notes something there
         "__weakref__",
         "_cancels",
         "_coro",
@@ -112,9 +113,11 @@ class Ending:
         return self._coro
 
     def __getattr__(self, name: str) -> Any:
-        if name == "caller":  # it is over
-            raise AttributeError(name)
-        return getattr(self.caller, name)
+        try:
+            caller = object.__getattribute__(self, "caller")
+        except AttributeError:
+            raise AttributeError(f"{name}: this task has ended") from None
+        return getattr(caller, name)
 
 
 class _Waiting:

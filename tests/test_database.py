@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import NullPool, QueuePool
 
+from repom.awaited_pool import AwaitedQueuePool
 from repom.begin import BeginOptions
 from repom.config import RepomConfig
 from repom.database import Database
@@ -24,7 +25,6 @@ from repom.errors import (
     DatabaseURLError,
     MissingDriverError,
 )
-from repom.handing import HandingQueuePool
 from repom.lending import LendingQueuePool
 from tests.support.polling import until
 from tests.support.reader import connections, execute, rows
@@ -171,7 +171,7 @@ async def test_pool_options_reach_the_pool(database_url: str) -> None:
     kwargs = {"pool_size": 2, "max_overflow": 1, "pool_timeout": 7, "pool_recycle": 60}
     database = Database(database_url, engine_kwargs=kwargs)
     for pool, kind in (
-        (database.async_engine.pool, HandingQueuePool),
+        (database.async_engine.pool, AwaitedQueuePool),
         (database.engine.pool, LendingQueuePool),
     ):
         assert isinstance(pool, QueuePool)

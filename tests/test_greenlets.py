@@ -10,9 +10,10 @@ import sys
 import threading
 import traceback
 import weakref
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from typing import Any
+from types import MethodType
+from typing import Any, cast
 
 import pytest
 from greenlet import getcurrent, greenlet
@@ -57,6 +58,62 @@ async def test_arguments_and_results_are_those_of_the_function() -> None:
 
     assert await spawn(function, 1, [2], three=3) == ((1, [2]), {"three": 3})
     assert await spawn(function) == ((), {})
+
+
+async def test_methods_are_called_as_they_are() -> None:
+    """Of an object and of a class; and one that tracing has wrapped by what tracing put there."""
+
+    class Adder:
+        start = 1
+
+        def __init__(self) -> None:
+            self.start = 10
+
+        def add(self, *numbers: int, more: int = 0) -> int:
+            return self.start + sum(numbers) + more
+
+        @classmethod
+        def of_class(cls, number: int) -> int:
+            return cls.start + number
+
+    class Proxy:
+        """As those of wrapt, which say that they are what they wrap."""
+
+        __class__ = property(lambda self: MethodType)
+        __func__, __self__ = Adder.add, Adder()
+
+        def __call__(self, *args: Any) -> str:
+            return "traced"
+
+    assert await spawn(Adder().add, 1, 2, more=3) == 16
+    assert await spawn(Adder.of_class, 1) == 2
+    assert await spawn([3, 1].index, 1) == 1
+    assert await spawn(cast("Any", Proxy()), 1) == "traced"
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="Python calls them all through C")
+async def test_a_method_has_no_frame_of_c_below_it() -> None:
+    """What C has on its stack is copied whenever the operation waits."""
+
+    class Operation:
+        def wait(self) -> None:
+            wait()
+
+    def wait() -> None:
+        workers.append(getcurrent())
+        await_only(asyncio.sleep(0))
+
+    async def saved(function: Callable[[], None]) -> int:
+        operation = spawn(function)
+        operation.send(None)
+        size: int = workers[-1]._stack_saved
+        with pytest.raises(StopIteration):
+            operation.send(None)
+        return size
+
+    workers: list[Any] = []
+
+    assert await saved(Operation().wait) == await saved(wait)
 
 
 async def test_a_function_waits_by_await_only() -> None:

@@ -19,6 +19,7 @@ from repom import (
     session_scope,
     sync_session_scope,
 )
+from repom.begin import BeginOptions
 from repom.callbacks import Callbacks
 from repom.database import Database
 from repom.errors import (
@@ -31,6 +32,7 @@ from repom.errors import (
 )
 from repom.registry import Databases
 from repom.scope import SessionScope
+from repom.scope_options import ScopeOptions
 from tests.support.units import Note, assert_nothing_open, database, postgres, sqlite, texts
 
 __all__ = ["database", "postgres", "sqlite"]
@@ -110,6 +112,33 @@ async def test_session_on_another_event_loop(sqlite: Database) -> None:
 
     async with session_scope(sqlite):
         await asyncio.to_thread(asyncio.run, elsewhere())
+
+
+def test_two_event_loops_that_ask_at_the_same_moment(sqlite: Database) -> None:
+    """Neither has a session yet when the other one asks; only one of them gets it."""
+    both_have_asked = threading.Barrier(2, timeout=10)
+
+    class Meeting(Databases):
+        def __getitem__(self, database: str | Database | None) -> Database:
+            both_have_asked.wait()
+            return super().__getitem__(database)
+
+    databases = Meeting({"default": sqlite})
+    scope = SessionScope(ScopeOptions(databases, BeginOptions(), "defer", 1.0), "a test")
+    got: list[object] = []
+
+    async def ask() -> None:
+        try:
+            got.append(scope.session())
+        except WrongEventLoopError as error:
+            got.append(error)
+
+    threads = [threading.Thread(target=asyncio.run, args=(ask(),)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(type(each).__name__ for each in got) == ["AsyncSession", "WrongEventLoopError"]
 
 
 @pytest.mark.parametrize(

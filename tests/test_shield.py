@@ -224,3 +224,20 @@ async def test_ending_acts_for_the_task_that_waits_for_it() -> None:
     await run_to_end(end(), limit=LIMIT)
     here = asyncio.current_task()
     assert acting == [here, here]
+
+
+async def test_an_ending_is_a_task_to_whoever_looks_at_it() -> None:
+    """Tracing notes things on the current task, and asks it for its name."""
+    seen: list[Any] = []
+
+    async def end() -> None:
+        task: Any = asyncio.current_task()
+        task.noted = "a note"
+        seen.extend([task.noted, task.get_name(), weakref.ref(task)() is task, task])
+
+    await run_to_end(end(), limit=LIMIT)
+    here = asyncio.current_task()
+    assert here is not None
+    assert seen[:3] == ["a note", here.get_name(), True]
+    with pytest.raises(AttributeError, match="get_name"):
+        seen[3].get_name()  # it is over, and keeps nothing alive

@@ -17,6 +17,7 @@ from sqlalchemy import URL, Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, Pool, PoolProxiedConnection, QueuePool
 
+from repom.awaited_pool import AwaitedQueuePool
 from repom.dialects.write_queue import Ticket
 from repom.errors import (
     CommitOutcomeUnknown,
@@ -25,7 +26,6 @@ from repom.errors import (
     TransactionAbortedError,
     TwoPhaseUnavailableError,
 )
-from repom.handing import HandingQueuePool
 from repom.lending import LendingQueuePool
 from repom.observer import observer_here
 from repom.urls import safe
@@ -86,7 +86,7 @@ class Support:
         return kwargs | {"poolclass": pool}
 
     def default_pool(self) -> type[Pool]:
-        return HandingQueuePool if self.is_async else LendingQueuePool
+        return AwaitedQueuePool if self.is_async else LendingQueuePool
 
     # --- what only one dialect can answer; none of it asks the server
 
@@ -305,8 +305,8 @@ def aborted() -> TransactionAbortedError:
 
 
 _ASYNC_TWIN: dict[type[Pool], type[Pool]] = {
-    AsyncAdaptedQueuePool: HandingQueuePool,
-    QueuePool: HandingQueuePool,
+    AsyncAdaptedQueuePool: AwaitedQueuePool,
+    QueuePool: AwaitedQueuePool,
 }
 _SYNC_TWIN: dict[type[Pool], type[Pool]] = {
     AsyncAdaptedQueuePool: LendingQueuePool,

@@ -197,7 +197,7 @@ class SQLite(Support):
             # SQLAlchemy awaits aiosqlite's close() first. Cancelled there, it stops the thread
             # that was to do that, and leaves a task behind that waits for it forever.
             dialect.do_terminate = lambda connection: self.abandon(connection.driver_connection)
-            self._abandoned.watch(engine)
+            self._abandoned.wait_on_dispose(engine)
 
     def _connect(self, connect: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         dbapi_connection = super()._connect(connect, *args, **kwargs)

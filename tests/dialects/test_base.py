@@ -22,11 +22,11 @@ from sqlalchemy.pool import (
 )
 
 from repom import session_scope, sync_session_scope
+from repom.awaited_pool import AwaitedQueuePool
 from repom.conflicts import is_conflict
 from repom.database import Database
 from repom.dialects import Support, support_for
 from repom.errors import CommitOutcomeUnknown, DatabaseUnreachableError, TransactionAbortedError
-from repom.handing import HandingQueuePool
 from repom.lending import LendingQueuePool
 from tests.dialects.drivers import KINDS, Driver, in_clear, open_driver
 from tests.support.faultproxy import FaultProxy
@@ -588,11 +588,11 @@ def support(is_async: bool) -> Support:
 @pytest.mark.parametrize(
     ("given", "is_async", "used"),
     [
-        (None, True, HandingQueuePool),
+        (None, True, AwaitedQueuePool),
         (None, False, LendingQueuePool),
-        (QueuePool, True, HandingQueuePool),
+        (QueuePool, True, AwaitedQueuePool),
         (QueuePool, False, LendingQueuePool),
-        (AsyncAdaptedQueuePool, True, HandingQueuePool),
+        (AsyncAdaptedQueuePool, True, AwaitedQueuePool),
         (AsyncAdaptedQueuePool, False, LendingQueuePool),
         (NullPool, True, NullPool),
         (NullPool, False, NullPool),

@@ -807,6 +807,24 @@ def test_a_loop_waits_for_what_a_cancelled_statement_still_tells_it(sqlite_url: 
     assert thread_that_outlives(cancel) is None
 
 
+def test_a_process_ends_that_has_forgotten_a_connection(sqlite_url: str) -> None:
+    """The garbage collector closes it, when no thread can start any more."""
+    code = f"""
+import asyncio
+from repom import Database
+
+async def main():
+    kept.append(await database.async_engine.connect())
+    raise SystemExit(3)
+
+kept, database = [], Database({sqlite_url!r})
+loop = asyncio.new_event_loop()
+loop.run_until_complete(main())
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=20)
+    assert run.returncode == 3
+
+
 def test_a_connection_thrown_away_may_outlive_its_loop(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

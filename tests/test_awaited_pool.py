@@ -9,7 +9,7 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from repom import Database
-from repom.handing import HandingQueuePool
+from repom.awaited_pool import AwaitedQueuePool
 from tests.support.polling import until
 
 
@@ -29,9 +29,9 @@ class Watched:
         self.closed += 1
 
     @property
-    def pool(self) -> HandingQueuePool:
+    def pool(self) -> AwaitedQueuePool:
         pool = self.engine.pool
-        assert isinstance(pool, HandingQueuePool)
+        assert isinstance(pool, AwaitedQueuePool)
         return pool
 
     @property
@@ -52,7 +52,14 @@ async def watch(sqlite_url: str) -> AsyncIterator[Watch]:
     made: list[Database] = []
 
     async def watch(**options: Any) -> Watched:
-        kwargs = {"pool_size": 1, "max_overflow": 2, "pool_timeout": 30, **options}
+        # Without a ROLLBACK to wait for, what is closed together comes back together.
+        usual = {
+            "pool_size": 1,
+            "max_overflow": 2,
+            "pool_timeout": 30,
+            "pool_reset_on_return": None,
+        }
+        kwargs = {**usual, **options}
         made.append(Database(sqlite_url, engine_kwargs=kwargs))
         return Watched(made[-1].async_engine)
 
@@ -66,10 +73,9 @@ async def close_together(connections: list[AsyncConnection]) -> None:
     await asyncio.gather(*(connection.close() for connection in connections))
 
 
-@pytest.mark.parametrize("use_lifo", [False, True])
-async def test_who_waits_gets_a_connection_that_comes_back(watch: Watch, use_lifo: bool) -> None:
+async def test_who_waits_gets_a_connection_that_comes_back(watch: Watch) -> None:
     """Though the pool keeps only one, and all three come back before anybody has taken one."""
-    watched = await watch(pool_use_lifo=use_lifo)
+    watched = await watch()
     held = await watched.connections(3)
     waiting = [asyncio.create_task(watched.connections(1)) for _ in range(3)]
     await until(lambda: watched.waiting == 3)
@@ -111,6 +117,43 @@ async def test_who_has_given_up_waits_no_more(watch: Watch, how: str) -> None:
     await close_together(held)
 
     assert (watched.pool.checkedin(), watched.closed) == (1, 2)
+
+
+async def test_those_who_give_up_at_the_last_moment_leave_nothing_behind(watch: Watch) -> None:
+    """In the same turn in which connections come back for them."""
+    watched = await watch()
+    held = await watched.connections(3)
+    waiting = [asyncio.create_task(watched.connections(1)) for _ in range(3)]
+    await until(lambda: watched.waiting == 3)
+
+    def cancel(*_: object) -> None:
+        if watched.pool.checkedin() == 2:  # and here comes the third
+            for task in waiting:
+                task.cancel()
+
+    event.listen(watched.pool, "checkin", cancel)
+    await close_together(held)
+    await asyncio.wait(waiting)
+
+    assert all(task.cancelled() for task in waiting)
+    assert (watched.pool.checkedin(), watched.pool.checkedout(), watched.closed) == (1, 0, 2)
+
+
+@pytest.mark.parametrize(("use_lifo", "comes_out"), [(False, 0), (True, 1)])
+async def test_the_order_is_that_of_the_option(
+    watch: Watch, use_lifo: bool, comes_out: int
+) -> None:
+    """`pool_use_lifo`: the connection that came back last, or first."""
+    watched = await watch(pool_size=2, pool_use_lifo=use_lifo)
+    held = await watched.connections(2)
+    drivers = [(await connection.get_raw_connection()).driver_connection for connection in held]
+    for connection in held:
+        await connection.close()
+
+    (taken,) = await watched.connections(1)
+
+    assert (await taken.get_raw_connection()).driver_connection is drivers[comes_out]
+    await taken.close()
 
 
 async def test_a_pool_without_a_size_keeps_all(watch: Watch) -> None:
