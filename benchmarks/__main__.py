@@ -61,7 +61,7 @@ async def run(options: argparse.Namespace) -> Results:
                         async with running(ready, url, number, conditions.shuffle):
                             for case in wanted:
                                 await compared[case](ready, case, conditions)
-                    for heading in headings(ready):
+                    for heading in headings(ready) or map(Heading, wanted):
                         results.rows += rows(ready, heading, database)
                     save(results, options)
             if _is_asked_for("instructions", database, options):
@@ -75,7 +75,7 @@ async def run(options: argparse.Namespace) -> Results:
 
 
 def headings(ready: list[Entrant]) -> list[Heading]:
-    """Everything that was measured, or has failed, in the order of its first time."""
+    """Everything that was measured, or has failed."""
     return list(dict.fromkeys(h for each in ready for h in (*each.values, *each.errors)))
 
 
@@ -86,7 +86,7 @@ def _is_asked_for(case: str, database: str, options: argparse.Namespace) -> bool
 
 
 def save(results: Results, options: argparse.Namespace) -> None:
-    """Keep what there is: a run takes two hours."""
+    """Keep what there is, of each database and host: a run takes two hours."""
     if options.to is not None:
         results.write(options.to)
 
@@ -145,7 +145,7 @@ def arguments() -> argparse.Namespace:
     if options.case or options.database or options.host or options.contender:
         options.to = None
     elif options.budget:
-        options.to = BUDGET
+        options.to = BUDGET if options.effort == "full" else None
     if options.budget:
         options.case = options.case or list(budget.CASES)
         options.host, options.contender = ["asgi"], ["repom"]

@@ -37,7 +37,7 @@ BUDGET = {
 
 
 def table(results: Results) -> list[str]:
-    """The decisive table: both in one process, on the bare host, against what is promised."""
+    """The decisive table: on the bare host, against what is promised."""
     lines = []
     for row in results.rows:
         if row.host != "asgi" or row.error or row.concurrency > 1 or not _is_ours(row):
@@ -47,7 +47,8 @@ def table(results: Results) -> list[str]:
             lines.append(
                 f"| {_title(row)} | {hand.values['cpu'] * 1e6:.1f} µs "
                 f"| {row.values['cpu'] * 1e6:.1f} µs | {ratio(row, 'cpu')} "
-                f"| ±{spread(row.null['cpu']):.3f} | {ratio(row, 'wall')} "
+                f"| ±{spread(row.null['cpu']):.3f} "
+                f"| ±{row.doubt('cpu'):.3f} | {ratio(row, 'wall')} "
                 f"| {_counted(results, row, 'machine')} | {_counted(results, row, 'instructions')} "
                 f"| {_allowed(row)} | {_verdict(row, hand)} |"
             )
@@ -56,14 +57,15 @@ def table(results: Results) -> list[str]:
             lines.append(
                 f"| memory, {title(row)} | {hand.values['peak'] / 1024:.1f} KiB "
                 f"| {row.values['peak'] / 1024:.1f} KiB | {row.ratios['peak'].median:.4f} "
-                f"| ±{spread(row.null['peak']):.3f} | | | "
+                f"| ±{spread(row.null['peak']):.3f} | ±{row.doubt('peak'):.3f} | | | "
                 f"| {_allowed(row)} | {_verdict(row, hand)} |"
             )
     return section(
         "repom and the same code by hand, without a framework",
         "CPU time of one request; then ratios to the code by hand: of CPU time, how far its second "
-        "copy differs from it, of the clock, of machine instructions, of Python's own.",
-        "| | by hand | repom | CPU | null | clock | machine | Python | at most (aim) | |",
+        "copy may be from it, and how far that or the ratio itself may be from what is said here; "
+        "of the clock, of machine instructions, of Python's own.",
+        "| | by hand | repom | CPU | null | doubt | clock | machine | Python | at most (aim) | |",
         lines,
     )
 
@@ -103,12 +105,12 @@ def _allowed(row: Row) -> str:
 
 
 def _verdict(row: Row, hand: Row) -> str:
-    """Whether the budget is kept, as far as the null lets that be seen."""
+    """Whether the budget is kept, as far as that can be told."""
     name = "peak" if row.case.startswith("memory") else "cpu"
     found = BUDGET.get((_case(row), row.database))
     if found is None:
         return ""
-    cost, doubt = row.ratios[name].median, spread(row.null[name])
+    cost, doubt = row.ratios[name].median, row.doubt(name)
     if row.case == "nothing":
         cost, doubt = row.values[name] - hand.values[name], doubt * hand.values[name]
     if cost > found.at_most + doubt:

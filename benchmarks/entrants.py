@@ -51,7 +51,7 @@ class Entrant:
     Attributes:
         values: by heading and name, the median of the rounds of each series.
         errors: by heading, why there is nothing else.
-        broken: why it did not even start.
+        broken: why it did not even start. It is not started again.
         answers_first: whether it commits after it has answered.
         remote: the process in which it runs.
         port: on which it is served there.
@@ -105,6 +105,8 @@ async def running(
     """
     async with AsyncExitStack() as stack:
         for entrant in shuffle.sample(entrants, len(entrants)):
+            if entrant.broken:
+                continue
             python = python_of(entrant.contender.environment)
             entrant.remote = await stack.enter_async_context(worker(python, series))
             entrant.port = 0
@@ -186,6 +188,7 @@ def rows(entrants: list[Entrant], heading: Heading, database: str) -> list[Row]:
                 heading.concurrency,
                 entrant.again,
                 entrant.answers_first,
+                max((len(series) for series in values.values()), default=0),
                 {name: median(series) for name, series in values.items()},
                 error=entrant.error(heading) or baseline.error(heading) or again.error(heading),
             )

@@ -83,7 +83,7 @@ def compared(results: Results) -> list[str]:
         results,
         "All of them",
         "CPU time / clock, to the hand-written code in the same environment. In brackets: "
-        "inside the null, so no difference was found. †: answers before it commits.",
+        "in doubt, so no difference was found. †: answers before it commits.",
         lambda row: row.case if row.case in TITLES else None,
         lambda row: f"{ratio(row, 'cpu')} / {ratio(row, 'wall')}",
     )

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.statistics import Ratio, spread
+from benchmarks.statistics import ENOUGH, Ratio, spread
 
 
 @dataclass
@@ -18,10 +18,11 @@ class Row:
         case: as `--case` has it, and the endpoint where that is another word.
         answers_first: it answers before it has committed.
         again: it is the second copy of the hand-written code.
-        values: medians over the rounds, in seconds and bytes for one request.
+        series: in how many processes of each contender it was measured.
+        values: medians over the series, in seconds and bytes for one request.
         ratios: of the values, to those of the hand-written code of the same environment.
         null: the ratios of its second copy.
-        error: why there is nothing else.
+        error: why it is no result.
     """
 
     case: str
@@ -32,6 +33,7 @@ class Row:
     concurrency: int = 1
     again: bool = False
     answers_first: bool = False
+    series: int = ENOUGH
     values: dict[str, float] = field(default_factory=dict)
     ratios: dict[str, Ratio] = field(default_factory=dict)
     null: dict[str, Ratio] = field(default_factory=dict)
@@ -39,7 +41,14 @@ class Row:
 
     def is_result(self, name: str) -> bool:
         """Whether the ratio says more than that the same code does not always take the same."""
-        return abs(self.ratios[name].median - 1) > spread(self.null[name])
+        is_known = self.series >= ENOUGH or name == "peak"  # which is counted
+        return is_known and abs(self.ratios[name].median - 1) > self.doubt(name)
+
+    def doubt(self, name: str) -> float:
+        """How far the truth may be: as the null is from 1, or the series are from their median."""
+        found = self.ratios[name]
+        own = max(found.high - found.median, found.median - found.low)
+        return max(spread(self.null[name]), own)
 
 
 @dataclass

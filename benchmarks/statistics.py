@@ -1,4 +1,4 @@
-"""What the rounds say: medians, ratios, and how far the same code differs from itself."""
+"""What the series say: medians, ratios, and how far the same code differs from itself."""
 
 from __future__ import annotations
 
@@ -20,15 +20,19 @@ class Ratio:
 
 
 def ratio(values: Sequence[float], baseline: Sequence[float]) -> Ratio:
-    """`values` to `baseline`, round by round: what disturbs one of a round disturbs the other.
+    """`values` to `baseline`, series by series: what disturbs one of them disturbs the other.
 
-    The range is the bootstrap's: medians of rounds drawn again, with the same seed always.
+    The range is the bootstrap's: medians of series drawn again, with the same seed always.
     """
     ratios = [value / base for value, base in zip(values, baseline, strict=True)]
     draw = random.Random(0)
     medians = sorted(median(draw.choices(ratios, k=len(ratios))) for _ in range(_RESAMPLES))
     edge = _RESAMPLES // 40
     return Ratio(*(round(x, 4) for x in (median(ratios), medians[edge], medians[-edge - 1])))
+
+
+#: Of fewer series no bootstrap knows the range: of four, it is too narrow every tenth time.
+ENOUGH = 6
 
 
 def exactly(value: float) -> Ratio:

@@ -50,8 +50,10 @@ def test_a_process_counts_once_however_many_rounds_it_had() -> None:
     found = field()
     usual: dict[str, list[float]] = {"hand-written": [2.0] * 9, "again": [2.0] * 9}
 
-    run_series(found, {**usual, "repom": [1.0] * 9}, {**usual, "repom": [7.0] * 9})
-    run_series(found, {**usual, "repom": [1.0, 9.0, 1.0] * 3})
+    once: dict[str, list[float]] = {"hand-written": [2.0], "again": [2.0]}
+
+    run_series(found, {**once, "repom": [1.0]}, {**usual, "repom": [7.0] * 9})
+    run_series(found, {**once, "repom": [1.0]})
 
     repom = rows(found, SELECT, "sqlite")[-1]
     assert repom.values == {"cpu": 1.0}
