@@ -86,7 +86,7 @@ def _is_asked_for(case: str, database: str, options: argparse.Namespace) -> bool
 
 
 def save(results: Results, options: argparse.Namespace) -> None:
-    """Keep what there is, of each database and host: a run takes two hours."""
+    """Keep what there is, of each database and host: a run takes three hours."""
     if options.to is not None:
         results.write(options.to)
 

@@ -112,7 +112,9 @@ def _verdict(row: Row, hand: Row) -> str:
         return ""
     cost, doubt = row.ratios[name].median, row.doubt(name)
     if row.case == "nothing":
-        cost, doubt = row.values[name] - hand.values[name], doubt * hand.values[name]
+        cost, doubt = (cost - 1) * hand.values[name], doubt * hand.values[name]
+    if not row.is_known(name):
+        return "undecided"
     if cost > found.at_most + doubt:
         return "**too much**"
     if cost > found.at_most - doubt and doubt:

@@ -43,7 +43,7 @@ def write(results: Results, docs: Path) -> None:
 def write_budget(results: Results, docs: Path) -> None:
     """The decisive table of a run with `--budget`."""
     (docs / "_benchmarks" / "budget.md").write_text(
-        "\n".join([about(results), *budget.table(results)])
+        "\n".join([about(results), *budget.table(results), *failures(results)])
     )
 
 
@@ -83,7 +83,8 @@ def compared(results: Results) -> list[str]:
         results,
         "All of them",
         "CPU time / clock, to the hand-written code in the same environment. In brackets: "
-        "in doubt, so no difference was found. †: answers before it commits.",
+        "in doubt, or of too few series to tell, so no difference was found. †: answers before it "
+        "commits.",
         lambda row: row.case if row.case in TITLES else None,
         lambda row: f"{ratio(row, 'cpu')} / {ratio(row, 'wall')}",
     )

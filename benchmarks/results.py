@@ -33,7 +33,7 @@ class Row:
     concurrency: int = 1
     again: bool = False
     answers_first: bool = False
-    series: int = ENOUGH
+    series: int = 0
     values: dict[str, float] = field(default_factory=dict)
     ratios: dict[str, Ratio] = field(default_factory=dict)
     null: dict[str, Ratio] = field(default_factory=dict)
@@ -41,8 +41,11 @@ class Row:
 
     def is_result(self, name: str) -> bool:
         """Whether the ratio says more than that the same code does not always take the same."""
-        is_known = self.series >= ENOUGH or name == "peak"  # which is counted
-        return is_known and abs(self.ratios[name].median - 1) > self.doubt(name)
+        return self.is_known(name) and abs(self.ratios[name].median - 1) > self.doubt(name)
+
+    def is_known(self, name: str) -> bool:
+        """Whether there were enough series to tell."""
+        return self.series >= ENOUGH or name == "peak"  # which is counted
 
     def doubt(self, name: str) -> float:
         """How far the truth may be: as the null is from 1, or the series are from their median."""

@@ -9,6 +9,7 @@ transactions do.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
 from sqlalchemy.util import memoized_property
@@ -19,6 +20,11 @@ class _Queue(asyncio.Queue[ConnectionPoolEntry]):
     """A queue that has room for `maxsize`, and for everyone who waits."""
 
     _waiting = 0
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether more wait than there are to take."""
+        return self._waiting > self.qsize()
 
     @property
     def surplus(self) -> int:
@@ -59,8 +65,22 @@ class AwaitedQueuePool(AsyncAdaptedQueuePool):
         except BaseException:
             # What has come back for somebody who has just been cancelled, or has waited too long.
             while self._pool._queue.surplus > 0:
-                try:
-                    self._pool.get(False).close()
-                finally:
-                    self._dec_overflow()
+                record = self._pool.get(False)
+                self._end(record, record.invalidate)  # which does not wait long
             raise
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        if self._pool._queue.full():
+            self._end(record, record.close)
+        else:
+            self._pool.put(record, False)
+
+    def _end(self, record: ConnectionPoolEntry, close: Callable[[], None]) -> None:
+        """Close the connection of `record`. Who has begun to wait meanwhile opens another one."""
+        try:
+            close()
+        finally:
+            if self._pool._queue.is_awaited:
+                self._pool.put(record, False)
+            else:
+                self._dec_overflow()

@@ -119,6 +119,23 @@ async def test_who_has_given_up_waits_no_more(watch: Watch, how: str) -> None:
     assert (watched.pool.checkedin(), watched.closed) == (1, 2)
 
 
+async def test_who_begins_to_wait_while_one_is_closed_opens_another(watch: Watch) -> None:
+    """Its place is free only when it is closed, which takes a while."""
+    watched = await watch(max_overflow=1)
+    late: list[asyncio.Task[list[AsyncConnection]]] = []
+
+    def ask(*_: object) -> None:  # one takes what is in the pool, and the other has to wait
+        late.extend(asyncio.create_task(watched.connections(1)) for _ in range(2))
+
+    event.listen(watched.pool, "close", ask, once=True)
+    await close_together(await watched.connections(2))
+
+    async with asyncio.timeout(10):  # and not the 30 s of the pool
+        got = [connection for task in late for connection in await task]
+    assert (watched.opened, watched.closed, watched.pool.checkedout()) == (3, 1, 2)
+    await close_together(got)
+
+
 async def test_those_who_give_up_at_the_last_moment_leave_nothing_behind(watch: Watch) -> None:
     """In the same turn in which connections come back for them."""
     watched = await watch()

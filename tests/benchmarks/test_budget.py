@@ -26,6 +26,7 @@ def verdict(
             "asgi",
             "repom",
             contender,
+            series=30,
             values={"cpu": value, "wall": value},
             ratios=dict.fromkeys(("cpu", "wall"), Ratio(value / hand, value / hand, value / hand)),
             null={"cpu": null, "wall": null},

@@ -3,7 +3,7 @@
 import random
 
 from benchmarks.results import Row
-from benchmarks.statistics import Ratio, ratio, spread
+from benchmarks.statistics import ENOUGH, Ratio, ratio, spread
 
 
 def noisy(value: float, seed: int) -> list[float]:
@@ -12,9 +12,12 @@ def noisy(value: float, seed: int) -> list[float]:
     return [value * draw.uniform(0.95, 1.05) for _ in range(30)]
 
 
-def row(contender: Ratio, null: Ratio) -> Row:
+def row(contender: Ratio, null: Ratio, series: int = 30) -> Row:
     return Row(
-        "select", "sqlite", "asgi", "repom", "repom", ratios={"cpu": contender}, null={"cpu": null}
+        *("select", "sqlite", "asgi", "repom", "repom"),
+        series=series,
+        ratios={"cpu": contender},
+        null={"cpu": null},
     )
 
 
@@ -35,6 +38,19 @@ def test_what_differs_less_than_the_same_code_does_is_no_result() -> None:
 
     assert not row(ratio(noisy(1.0, 3), baseline), null).is_result("cpu")
     assert row(ratio(noisy(1.2, 3), baseline), null).is_result("cpu")
+
+
+def test_a_few_series_are_no_result() -> None:
+    """They may all have been disturbed alike."""
+    exactly = Ratio(1.2, 1.2, 1.2), Ratio(1.0, 1.0, 1.0)
+
+    assert not row(*exactly, series=ENOUGH - 1).is_result("cpu")
+    assert row(*exactly, series=ENOUGH).is_result("cpu")
+
+
+def test_a_ratio_that_differs_from_series_to_series_is_no_result() -> None:
+    """However well the hand-written code agrees with itself."""
+    assert not row(Ratio(1.2, 0.9, 1.3), Ratio(1.0, 1.0, 1.0)).is_result("cpu")
 
 
 def test_the_spread_is_the_far_end_of_the_null() -> None:
