@@ -132,7 +132,7 @@ _PARTS = {
     "the response: message by message": ("exchange", "so_far", "response", "policy", "session"),
     "the unit of work, and its session": (
         *("scope", "participant", "registry", "database", "current", "loops", "callbacks"),
-        *("context", "sessionmakers", "engine_factory", "begin"),
+        *("context", "sessionmakers", "engine_factory", "begin", "session_events", "awaited_pool"),
     ),
     "one task at a time": (
         *("gate", "operations", "blocks", "savepoints", "connection", "cursors", "turn"),

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
 from sqlalchemy.util import memoized_property
-from sqlalchemy.util.queue import AsyncAdaptedQueue
+from sqlalchemy.util.queue import AsyncAdaptedQueue, Full
 
 
 class _Queue(asyncio.Queue[ConnectionPoolEntry]):
@@ -32,7 +32,7 @@ class _Queue(asyncio.Queue[ConnectionPoolEntry]):
         return self.qsize() - self._waiting - self.maxsize if self.maxsize > 0 else 0
 
     def full(self) -> bool:
-        return self.maxsize > 0 and self.surplus >= 0
+        return 0 < self.maxsize <= self.qsize() - self._waiting
 
     async def get(self) -> ConnectionPoolEntry:
         self._waiting += 1
@@ -70,10 +70,10 @@ class AwaitedQueuePool(AsyncAdaptedQueuePool):
             raise
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
-        if self._pool._queue.full():
-            self._end(record, record.close)
-        else:
+        try:
             self._pool.put(record, False)
+        except Full:
+            self._end(record, record.close)
 
     def _end(self, record: ConnectionPoolEntry, close: Callable[[], None]) -> None:
         """Close the connection of `record`. Who has begun to wait meanwhile opens another one."""
