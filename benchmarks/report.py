@@ -16,9 +16,11 @@ HOSTS = {"fastapi": "FastAPI", "asgi": "no framework"}
 
 def text(results: Results) -> str:
     """Everything, as Markdown."""
-    parts = [
-        about(results),
-        *budget.table(results),
+    return "\n".join([about(results), *budget.table(results), *_comparison(results)])
+
+
+def _comparison(results: Results) -> list[str]:
+    return [
         *compared(results),
         *growth(results),
         *sockets(results),
@@ -26,16 +28,18 @@ def text(results: Results) -> str:
         *resident(results),
         *failures(results),
     ]
-    return "\n".join(parts)
 
 
 def write(results: Results, docs: Path) -> None:
-    """The tables for docs/benchmarks.md to include, and the plots that it shows."""
+    """The tables for docs/benchmarks.md to include, and the plots that it shows.
+
+    But for the decisive one, which a run with `--budget` knows better.
+    """
     from benchmarks import plots  # the tables need no matplotlib
 
     folder = docs / "_benchmarks"
     folder.mkdir(exist_ok=True)
-    (folder / "results.md").write_text(text(results))
+    (folder / "results.md").write_text("\n".join([about(results), *_comparison(results)]))
     plots.ratios(results, folder / "ratios.svg")
     plots.growth(results, folder / "concurrency.svg")
 
