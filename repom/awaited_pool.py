@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
 from sqlalchemy.util import memoized_property
@@ -55,16 +56,21 @@ class _AdaptedQueue(AsyncAdaptedQueue[ConnectionPoolEntry]):
 class AwaitedQueuePool(AsyncAdaptedQueuePool):
     """SQLAlchemy's `AsyncAdaptedQueuePool`, which keeps what somebody waits for."""
 
-    _pool: _AdaptedQueue
     _queue_class = _AdaptedQueue
     _sqla_logger_namespace = "sqlalchemy.pool.impl.AsyncAdaptedQueuePool"  # where users look for it
+
+    @property
+    def _queue(self) -> _Queue:
+        pool: Any = self._pool
+        queue: _Queue = pool._queue
+        return queue
 
     def _do_get(self) -> ConnectionPoolEntry:
         try:
             return super()._do_get()
         except BaseException:
             # What has come back for somebody who has just been cancelled, or has waited too long.
-            while self._pool._queue.surplus > 0:
+            while self._queue.surplus > 0:
                 record = self._pool.get(False)
                 self._end(record, record.invalidate)  # which does not wait long
             raise
@@ -80,7 +86,7 @@ class AwaitedQueuePool(AsyncAdaptedQueuePool):
         try:
             close()
         finally:
-            if self._pool._queue.is_awaited:
+            if self._queue.is_awaited:
                 self._pool.put(record, False)
             else:
                 self._dec_overflow()

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from greenlet import getcurrent, greenlet
@@ -76,19 +76,25 @@ async def test_methods_are_called_as_they_are() -> None:
         def of_class(cls, number: int) -> int:
             return cls.start + number
 
-    class Proxy:
-        """As those of wrapt, which say that they are what they wrap."""
+    def traced(self: Any, *args: Any) -> str:
+        return "traced"
 
-        __class__ = property(lambda self: MethodType)
-        __func__, __self__ = Adder.add, Adder()
-
-        def __call__(self, *args: Any) -> str:
-            return "traced"
+    # As those of wrapt, which say that they are what they wrap.
+    proxy: Any = type(
+        "Proxy",
+        (),
+        {
+            "__class__": property(lambda self: MethodType),
+            "__func__": Adder.add,
+            "__self__": Adder(),
+            "__call__": traced,
+        },
+    )
 
     assert await spawn(Adder().add, 1, 2, more=3) == 16
     assert await spawn(Adder.of_class, 1) == 2
     assert await spawn([3, 1].index, 1) == 1
-    assert await spawn(cast("Any", Proxy()), 1) == "traced"
+    assert await spawn(proxy(), 1) == "traced"
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="Python calls them all through C")
