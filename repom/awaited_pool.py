@@ -61,6 +61,7 @@ class AwaitedQueuePool(AsyncAdaptedQueuePool):
 
     @property
     def _queue(self) -> _Queue:
+        """The queue of asyncio's in the one that SQLAlchemy has adapted to its pools."""
         pool: Any = self._pool
         queue: _Queue = pool._queue
         return queue

@@ -37,7 +37,8 @@ class Watched:
     @property
     def waiting(self) -> int:
         """How many wait for a connection."""
-        return len(self.pool._pool._queue._getters)  # type: ignore[attr-defined]
+        queue: asyncio.Queue[Any] = self.pool._queue
+        return len(queue._getters)  # type: ignore[attr-defined]  # asyncio's own, not our count
 
     async def connections(self, number: int) -> list[AsyncConnection]:
         return [await self.engine.connect() for _ in range(number)]
